@@ -1,0 +1,55 @@
+"""What a leaf is called: names, selection, renaming, compatibility, digests.
+
+The modules are imported on first use: errors, names' text form and reports
+are wanted by commands that must start without jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from patchjax.trees.check import check_compatible as check_compatible
+  from patchjax.trees.digest import Entry as Entry
+  from patchjax.trees.digest import canonical_json as canonical_json
+  from patchjax.trees.digest import leaf_digest as leaf_digest
+  from patchjax.trees.digest import tree_id as tree_id
+  from patchjax.trees.digest import tree_objects as tree_objects
+  from patchjax.trees.dtypes import dtype_name as dtype_name
+  from patchjax.trees.errors import PatchjaxError as PatchjaxError
+  from patchjax.trees.names import flatten as flatten
+  from patchjax.trees.names import join as join
+  from patchjax.trees.names import named_leaves as named_leaves
+  from patchjax.trees.names import nested as nested
+  from patchjax.trees.names import split as split
+  from patchjax.trees.rename import rename as rename
+  from patchjax.trees.report import table as table
+  from patchjax.trees.select import select as select
+
+_HOME = {
+    name: module
+    for module, names in {
+        "check": "check_compatible",
+        "digest": "Entry canonical_json leaf_digest tree_id tree_objects",
+        "dtypes": "dtype_name",
+        "errors": "PatchjaxError",
+        "names": "flatten join named_leaves nested split",
+        "rename": "rename",
+        "report": "table",
+        "select": "select",
+    }.items()
+    for name in names.split()
+}
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _HOME:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  # Always through the table: importing the submodule `rename` or `select`
+  # binds the module itself under the name of its function.
+  module = importlib.import_module(f"{__name__}.{_HOME[name]}")
+  value = globals()[name] = getattr(module, name)
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted(_HOME)

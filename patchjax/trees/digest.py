@@ -1,0 +1,224 @@
+"""Digests: what makes two leaves, or two trees, the same value.
+
+A leaf's digest is the root of a SHA-256 Merkle tree over blocks of 1 MiB of
+its bit patterns in row-major, little-endian order, with its dtype and shape:
+blocks can be hashed by those who hold them, in any order. A tree's id is that
+of nested objects, as in git, so that subtrees which did not change are shared.
+Neither depends on containers, encodings, shardings or machines.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from patchjax.trees import dtypes
+from patchjax.trees.errors import StructureError
+from patchjax.trees.names import named_leaves, split
+
+BLOCK = 1 << 20
+"""Bytes of one block of the Merkle tree."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """What a tree object says of one leaf.
+
+  Attributes:
+    digest: hex digest of its bits, dtype and shape.
+    dtype: name of its dtype; `key<impl>` for PRNG keys.
+    shape: its shape; that of the keys, not of their data.
+  """
+
+  digest: str
+  dtype: str
+  shape: tuple[int, ...]
+
+  @property
+  def size(self) -> int:
+    """Number of entries."""
+    return math.prod(self.shape)
+
+
+def canonical_json(value: Any) -> bytes:
+  """Returns the one JSON text of a value: sorted keys, no spaces, UTF-8.
+
+  Args:
+    value: JSON-able value without NaN or Inf.
+
+  Example:
+    >>> canonical_json({"b": 1, "a": [1.5, None]})
+    b'{"a":[1.5,null],"b":1}'
+  """
+  return json.dumps(
+      value,
+      sort_keys=True,
+      separators=(",", ":"),
+      ensure_ascii=False,
+      allow_nan=False,
+  ).encode()
+
+
+@functools.cache
+def _pool(pid: int) -> concurrent.futures.ThreadPoolExecutor:
+  """The hashing threads of a process (a fork must not inherit them)."""
+  del pid
+  return concurrent.futures.ThreadPoolExecutor(
+      max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="digest"
+  )
+
+
+def _parent(left: bytes, right: bytes) -> bytes:
+  return hashlib.sha256(b"\x01" + left + right).digest()
+
+
+def words_digest(
+    words: np.ndarray, dtype: str, shape: tuple[int, ...]
+) -> str:
+  """Returns the digest of a leaf from its bits; see `leaf_digest`.
+
+  Args:
+    words: its bit patterns, as `dtypes.host` gives them.
+    dtype: the name of its dtype.
+    shape: its shape.
+  """
+  data = np.ascontiguousarray(words).reshape(-1).view(np.uint8).data
+  starts = range(0, max(len(data), 1), BLOCK)
+  hash_block = functools.partial(_hash_block, data)
+  if len(starts) > 1:
+    level = list(_pool(os.getpid()).map(hash_block, starts))
+  else:
+    level = [hash_block(0)]
+  while len(level) > 1:
+    # An odd node at the end rises unchanged.
+    pairs = [
+        _parent(*level[i : i + 2]) for i in range(0, len(level) - 1, 2)
+    ]
+    level = pairs + level[2 * len(pairs) :]
+  head = canonical_json({"dtype": dtype, "shape": list(shape)})
+  return hashlib.sha256(b"\x02" + level[0] + head).hexdigest()
+
+
+def _hash_block(data: memoryview, start: int) -> bytes:
+  # The first byte keeps blocks, nodes and leaves apart (RFC 6962, 2.1).
+  hasher = hashlib.sha256(b"\x00")
+  hasher.update(data[start : start + BLOCK])
+  return hasher.digest()
+
+
+def leaf_digest(x: Any) -> str:
+  """Returns the hex digest of a leaf: its bits, dtype and shape.
+
+  Args:
+    x: a fully addressable array of any dtype of the table, PRNG keys included.
+
+  Returns:
+    64 hex digits. NaN payloads, the sign of zero and denormals count.
+
+  Raises:
+    DtypeError: if `x` is no array of a known dtype.
+
+  Example:
+    >>> leaf_digest(np.float32(0)) == leaf_digest(np.float32(-0.0))
+    False
+  """
+  return entry(x).digest
+
+
+def entry(x: Any) -> Entry:
+  """Returns the tree entry of a leaf.
+
+  Args:
+    x: see `leaf_digest`.
+
+  Example:
+    >>> entry(np.zeros((2, 3), np.float32)).shape
+    (2, 3)
+  """
+  words, dtype = dtypes.host(x)
+  shape = tuple(np.shape(x))
+  return Entry(words_digest(words, dtype, shape), dtype, shape)
+
+
+def tree_objects(
+    entries: Mapping[str, Entry],
+) -> tuple[str, dict[str, bytes]]:
+  """Returns the id of a tree and the objects that spell it out.
+
+  Args:
+    entries: `{text name: Entry}`.
+
+  Returns:
+    `(id, {object id: canonical JSON})`: one object a folder. An object is
+    `{"entries": {part: entry}, "type": "tree"}`, an entry either
+    `{"digest", "dtype", "shape"}` or `{"tree": id}`.
+
+  Raises:
+    StructureError: if a name is both a leaf and the parent of another.
+
+  Example:
+    >>> e = Entry("00", "float32", (2,))
+    >>> root, objects = tree_objects({"a/w": e, "b/w": e})
+    >>> len(objects)  # the root, and one for both equal subtrees
+    2
+  """
+  root: dict[str, Any] = {}
+  for text, item in entries.items():
+    *parents, last = split(text)
+    folder = root
+    for part in parents:
+      folder = folder.setdefault(part, {})
+      if isinstance(folder, Entry):
+        raise StructureError(f"{text!r}: its parent is a leaf; rename one")
+    if last in folder:
+      raise StructureError(f"{text!r} is a leaf and holds others; rename one")
+    folder[last] = item
+  objects: dict[str, bytes] = {}
+
+  def write(folder: dict[str, Any]) -> str:
+    spelled = {
+        part: {"tree": write(item)}
+        if isinstance(item, dict)
+        else {
+            "digest": item.digest,
+            "dtype": item.dtype,
+            "shape": list(item.shape),
+        }
+        for part, item in folder.items()
+    }
+    data = canonical_json({"entries": spelled, "type": "tree"})
+    name = hashlib.sha256(data).hexdigest()
+    objects[name] = data
+    return name
+
+  return write(root), objects
+
+
+def tree_id(tree: Any) -> str:
+  """Returns the id of the value of a pytree: names, dtypes, shapes and bits.
+
+  Args:
+    tree: a pytree of fully addressable arrays.
+
+  Returns:
+    64 hex digits; the same for every container, sharding and machine.
+
+  Raises:
+    StructureError: if two leaves would get the same name.
+    DtypeError: if a leaf is no array.
+
+  Example:
+    >>> x = np.ones(3, np.float32)
+    >>> tree_id({"0": x}) == tree_id([x])
+    True
+  """
+  return tree_objects({k: entry(v) for k, v in named_leaves(tree).items()})[0]
