@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from patchjax.history import Repo as Repo
   from patchjax.merging import merge as merge
+  from patchjax.merging import scale as scale
   from patchjax.patches import Patch as Patch
   from patchjax.patches import Transform as Transform
   from patchjax.patches import apply as apply
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
   from patchjax.patches import trainable as trainable
   from patchjax.patches import trim as trim
   from patchjax.patches import truncate as truncate
-  from patchjax.merging import scale as scale
   from patchjax.releases import release as release
   from patchjax.trees import PatchjaxError as PatchjaxError
   from patchjax.trees import check_compatible as check_compatible

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
   from patchjax.trees.names import named_leaves as named_leaves
   from patchjax.trees.names import nested as nested
   from patchjax.trees.names import split as split
-  from patchjax.trees.rename import rename as rename
+  from patchjax.trees.renames import rename as rename
   from patchjax.trees.report import table as table
-  from patchjax.trees.select import select as select
+  from patchjax.trees.selectors import select as select
 
 _HOME = {
     name: module
@@ -33,9 +33,9 @@ _HOME = {
         "dtypes": "dtype_name",
         "errors": "PatchjaxError",
         "names": "flatten join named_leaves nested split",
-        "rename": "rename",
+        "renames": "rename",
         "report": "table",
-        "select": "select",
+        "selectors": "select",
     }.items()
     for name in names.split()
 }
@@ -44,8 +44,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
   if name not in _HOME:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  # Always through the table: importing the submodule `rename` or `select`
-  # binds the module itself under the name of its function.
+  # No module here is called as one of these names: importing it would bind
+  # the module under the name of its function.
   module = importlib.import_module(f"{__name__}.{_HOME[name]}")
   value = globals()[name] = getattr(module, name)
   return value
