@@ -171,7 +171,7 @@ def _message(
       + ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
       + "\n"
       + "\n".join(
-          f" {sign} {name or '(root)'}: {spelled}  {note}".rstrip()
+          f" {sign} {name}: {spelled}  {note}".rstrip()
           for name, sign, spelled, note in lines
       )
       + "\nto mend it: "

@@ -180,6 +180,8 @@ def _is_tree_of_bools(only: Any) -> bool:
 
 def _by_prefix(named: Mapping[str, Any], only: Any) -> tuple[str, ...]:
   mask = {split(name): flag for name, flag in flatten(only)[0].items()}
+  if isinstance(only, bool | np.bool_):
+    mask = {(): only}  # a prefix of every name
   if not mask or not _is_tree_of_bools(only):
     raise SelectionError(
         f"{_show(only)} is not a selector; give a regex, a list of regexes, "
