@@ -21,7 +21,7 @@ if TYPE_CHECKING:
   from patchjax.trees.names import named_leaves as named_leaves
   from patchjax.trees.names import nested as nested
   from patchjax.trees.names import split as split
-  from patchjax.trees.renames import rename as rename
+  from patchjax.trees.renaming import rename as rename
   from patchjax.trees.report import table as table
   from patchjax.trees.selectors import select as select
 
@@ -33,7 +33,7 @@ _HOME = {
         "dtypes": "dtype_name",
         "errors": "PatchjaxError",
         "names": "flatten join named_leaves nested split",
-        "renames": "rename",
+        "renaming": "rename",
         "report": "table",
         "selectors": "select",
     }.items()

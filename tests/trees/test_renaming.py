@@ -3,7 +3,7 @@
 import pytest
 
 from patchjax import trees
-from patchjax.trees import renames
+from patchjax.trees import renaming
 from patchjax.trees.errors import SelectionError, StructureError
 
 
@@ -24,7 +24,7 @@ def test_names_may_be_exchanged():
 
 
 def test_a_dry_run_gives_the_map():
-  assert renames.rename_map(["x/w"], {"x/(.*)": r"y/\1"}) == {"x/w": "y/w"}
+  assert renaming.rename_map(["x/w"], {"x/(.*)": r"y/\1"}) == {"x/w": "y/w"}
 
 
 @pytest.mark.parametrize(
