@@ -26,18 +26,18 @@ if TYPE_CHECKING:
   from patchjax.trees.selectors import select as select
 
 _HOME = {
-    name: module
-    for module, names in {
-        "check": "check_compatible",
-        "digest": "Entry canonical_json leaf_digest tree_id tree_objects",
-        "dtypes": "dtype_name",
-        "errors": "PatchjaxError",
-        "names": "flatten join named_leaves nested split",
-        "renaming": "rename",
-        "report": "table",
-        "selectors": "select",
-    }.items()
-    for name in names.split()
+  name: module
+  for module, names in {
+    "check": "check_compatible",
+    "digest": "Entry canonical_json leaf_digest tree_id tree_objects",
+    "dtypes": "dtype_name",
+    "errors": "PatchjaxError",
+    "names": "flatten join named_leaves nested split",
+    "renaming": "rename",
+    "report": "table",
+    "selectors": "select",
+  }.items()
+  for name in names.split()
 }
 
 

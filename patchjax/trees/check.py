@@ -8,25 +8,26 @@ from typing import Any, Literal
 import numpy as np
 
 from patchjax.trees.digest import Entry
-from patchjax.trees.dtypes import dtype_name
+from patchjax.trees.dtypes import dtype_name, is_array
 from patchjax.trees.errors import MismatchError
 from patchjax.trees.names import flatten
 from patchjax.trees.suggest import did_you_mean
 
 
 def check_compatible(
-    expected: Any,
-    found: Any,
-    *,
-    missing: Literal["error", "keep"] = "error",
-    extra: Literal["error", "ignore"] = "error",
-    dtype: bool = True,
-    shape: bool = True,
-    what: str = "the tree",
+  expected: Any,
+  found: Any,
+  *,
+  missing: Literal["error", "keep"] = "error",
+  extra: Literal["error", "ignore"] = "error",
+  dtype: bool = True,
+  shape: bool = True,
+  what: str = "the tree",
 ) -> tuple[str, ...]:
   """Checks that one pytree has the leaves that another has.
 
-  Containers may differ: leaves are compared by name.
+  Containers may differ: leaves are compared by name. Leaves that are no
+  arrays (functions, Python numbers) are left out.
 
   Args:
     expected: the pytree that sets names, shapes and dtypes: arrays or
@@ -60,25 +61,25 @@ def check_compatible(
     ...
   """
   return check_named(
-      flatten(expected)[0],
-      flatten(found)[0],
-      missing=missing,
-      extra=extra,
-      dtype=dtype,
-      shape=shape,
-      what=what,
+    flatten(expected)[0],
+    flatten(found)[0],
+    missing=missing,
+    extra=extra,
+    dtype=dtype,
+    shape=shape,
+    what=what,
   )
 
 
 def check_named(
-    expected: Mapping[str, Any],
-    found: Mapping[str, Any],
-    *,
-    missing: Literal["error", "keep"] = "error",
-    extra: Literal["error", "ignore"] = "error",
-    dtype: bool = True,
-    shape: bool = True,
-    what: str = "the tree",
+  expected: Mapping[str, Any],
+  found: Mapping[str, Any],
+  *,
+  missing: Literal["error", "keep"] = "error",
+  extra: Literal["error", "ignore"] = "error",
+  dtype: bool = True,
+  shape: bool = True,
+  what: str = "the tree",
 ) -> tuple[str, ...]:
   """Checks what `check_compatible` does, for leaves already named.
 
@@ -100,11 +101,12 @@ def check_named(
     ('w',)
   """
   for option, given, allowed in (
-      ("missing", missing, ("error", "keep")),
-      ("extra", extra, ("error", "ignore")),
+    ("missing", missing, ("error", "keep")),
+    ("extra", extra, ("error", "ignore")),
   ):
     if given not in allowed:
       raise ValueError(f"{option}={given!r}: expected one of {allowed}")
+  expected, found = _arrays(expected), _arrays(found)
   absent = [name for name in expected if name not in found]
   surplus = [name for name in found if name not in expected]
   both = tuple(name for name in expected if name in found)
@@ -115,15 +117,15 @@ def check_named(
   if surplus and extra == "error":
     counts["extra"] = len(surplus)
     lines += [
-        (name, "+", _spell(found[name]), did_you_mean(name, absent or expected))
-        for name in surplus
+      (name, "+", _spell(found[name]), did_you_mean(name, absent or expected))
+      for name in surplus
     ]
   for name in both:
     old, new = _facts(expected[name]), _facts(found[name])
     wrong = [
-        kind
-        for kind, asked, i in (("dtype", dtype, 0), ("shape", shape, 1))
-        if asked and old[i] != new[i]
+      kind
+      for kind, asked, i in (("dtype", dtype, 0), ("shape", shape, 1))
+      if asked and old[i] != new[i]
     ]
     for kind in wrong:
       counts[f"of another {kind}"] = counts.get(f"of another {kind}", 0) + 1
@@ -134,6 +136,14 @@ def check_named(
   if lines:
     raise MismatchError(_message(what, expected, found, lines, counts))
   return both
+
+
+def _arrays(named: Mapping[str, Any]) -> dict[str, Any]:
+  return {
+    name: leaf
+    for name, leaf in named.items()
+    if isinstance(leaf, Entry) or is_array(leaf)
+  }
 
 
 def _facts(leaf: Any) -> tuple[str, tuple[int, ...]]:
@@ -148,11 +158,11 @@ def _spell(leaf: Any) -> str:
 
 
 def _message(
-    what: str,
-    expected: Mapping[str, Any],
-    found: Mapping[str, Any],
-    lines: list[tuple[str, str, str, str]],
-    counts: Mapping[str, int],
+  what: str,
+  expected: Mapping[str, Any],
+  found: Mapping[str, Any],
+  lines: list[tuple[str, str, str, str]],
+  counts: Mapping[str, int],
 ) -> str:
   fixes = []
   if "missing" in counts and "extra" in counts:
@@ -166,14 +176,14 @@ def _message(
   # Stable by name, so that a leaf's two lines and close names stand together.
   lines = sorted(lines, key=lambda line: line[0])
   return (
-      f"{what} does not fit: of {len(expected):,} leaves expected and "
-      f"{len(found):,} found, "
-      + ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-      + "\n"
-      + "\n".join(
-          f" {sign} {name}: {spelled}  {note}".rstrip()
-          for name, sign, spelled, note in lines
-      )
-      + "\nto mend it: "
-      + "; or ".join(fixes)
+    f"{what} does not fit: of {len(expected):,} leaves expected and "
+    f"{len(found):,} found, "
+    + ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    + "\n"
+    + "\n".join(
+      f" {sign} {name}: {spelled}  {note}".rstrip()
+      for name, sign, spelled, note in lines
+    )
+    + "\nto mend it: "
+    + "; or ".join(fixes)
   )

@@ -60,11 +60,11 @@ def canonical_json(value: Any) -> bytes:
     b'{"a":[1.5,null],"b":1}'
   """
   return json.dumps(
-      value,
-      sort_keys=True,
-      separators=(",", ":"),
-      ensure_ascii=False,
-      allow_nan=False,
+    value,
+    sort_keys=True,
+    separators=(",", ":"),
+    ensure_ascii=False,
+    allow_nan=False,
   ).encode()
 
 
@@ -73,7 +73,7 @@ def _pool(pid: int) -> concurrent.futures.ThreadPoolExecutor:
   """The hashing threads of a process (a fork must not inherit them)."""
   del pid
   return concurrent.futures.ThreadPoolExecutor(
-      max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="digest"
+    max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="digest"
   )
 
 
@@ -81,9 +81,7 @@ def _parent(left: bytes, right: bytes) -> bytes:
   return hashlib.sha256(b"\x01" + left + right).digest()
 
 
-def words_digest(
-    words: np.ndarray, dtype: str, shape: tuple[int, ...]
-) -> str:
+def words_digest(words: np.ndarray, dtype: str, shape: tuple[int, ...]) -> str:
   """Returns the digest of a leaf from its bits; see `leaf_digest`.
 
   Args:
@@ -100,9 +98,7 @@ def words_digest(
     level = [hash_block(0)]
   while len(level) > 1:
     # An odd node at the end rises unchanged.
-    pairs = [
-        _parent(*level[i : i + 2]) for i in range(0, len(level) - 1, 2)
-    ]
+    pairs = [_parent(*level[i : i + 2]) for i in range(0, len(level) - 1, 2)]
     level = pairs + level[2 * len(pairs) :]
   head = canonical_json({"dtype": dtype, "shape": list(shape)})
   return hashlib.sha256(b"\x02" + level[0] + head).hexdigest()
@@ -150,7 +146,7 @@ def entry(x: Any) -> Entry:
 
 
 def tree_objects(
-    entries: Mapping[str, Entry],
+  entries: Mapping[str, Entry],
 ) -> tuple[str, dict[str, bytes]]:
   """Returns the id of a tree and the objects that spell it out.
 
@@ -186,14 +182,14 @@ def tree_objects(
 
   def write(folder: dict[str, Any]) -> str:
     spelled = {
-        part: {"tree": write(item)}
-        if isinstance(item, dict)
-        else {
-            "digest": item.digest,
-            "dtype": item.dtype,
-            "shape": list(item.shape),
-        }
-        for part, item in folder.items()
+      part: {"tree": write(item)}
+      if isinstance(item, dict)
+      else {
+        "digest": item.digest,
+        "dtype": item.dtype,
+        "shape": list(item.shape),
+      }
+      for part, item in folder.items()
     }
     data = canonical_json({"entries": spelled, "type": "tree"})
     name = hashlib.sha256(data).hexdigest()

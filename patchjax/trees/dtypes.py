@@ -45,16 +45,16 @@ class Kind:
 def _kinds() -> dict[str, Kind]:
   small = {"int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}
   extra = [
-      "bfloat16",
-      "float8_e3m4",
-      "float8_e4m3",
-      "float8_e4m3b11fnuz",
-      "float8_e4m3fn",
-      "float8_e4m3fnuz",
-      "float8_e5m2",
-      "float8_e5m2fnuz",
-      "float8_e8m0fnu",
-      *small,
+    "bfloat16",
+    "float8_e3m4",
+    "float8_e4m3",
+    "float8_e4m3b11fnuz",
+    "float8_e4m3fn",
+    "float8_e4m3fnuz",
+    "float8_e5m2",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+    *small,
   ]
   sizes = (8, 16, 32, 64)
   plain = ["bool", "float16", "float32", "float64"]
@@ -67,7 +67,7 @@ def _kinds() -> dict[str, Kind]:
     kinds[name] = Kind(name, dtype, word, bits)
   for name, word in (("complex64", "uint32"), ("complex128", "uint64")):
     kinds[name] = Kind(
-        name, np.dtype(name), np.dtype(word), 8 * np.dtype(word).itemsize, 2
+      name, np.dtype(name), np.dtype(word), 8 * np.dtype(word).itemsize, 2
     )
   return kinds
 
@@ -115,16 +115,16 @@ def dtype_name(x: Any) -> str:
     if _KEY.fullmatch(name) and name[4:-1] in _IMPLS:
       return name
     raise DtypeError(
-        f"PRNG keys of a custom implementation ({name}) cannot be stored; "
-        f"found {name}, expected one of key<{'>, key<'.join(_IMPLS)}>"
+      f"PRNG keys of a custom implementation ({name}) cannot be stored; "
+      f"found {name}, expected one of key<{'>, key<'.join(_IMPLS)}>"
     )
   if not hasattr(x, "dtype"):
     x = np.asarray(x)
   name = np.dtype(x.dtype).name
   if name not in KINDS:
     raise DtypeError(
-        f"expected an array of a dtype that JAX holds, found {name} "
-        f"({type(x).__name__}); convert the leaf, or leave it out of the tree"
+      f"expected an array of a dtype that JAX holds, found {name} "
+      f"({type(x).__name__}); convert the leaf, or leave it out of the tree"
     )
   return name
 
@@ -237,3 +237,19 @@ def is_wide(x: Any) -> bool:
     return False
   dtype = np.dtype(x.dtype)
   return jax.dtypes.canonicalize_dtype(dtype) != dtype
+
+
+def is_array(x: Any) -> bool:
+  """Returns whether a leaf is an array (concrete, abstract or traced).
+
+  Python numbers, strings and functions, which some containers hold among
+  their leaves, are not: they pass through every transform untouched.
+
+  Args:
+    x: a leaf.
+
+  Example:
+    >>> is_array(np.zeros(2)), is_array(0.5)
+    (True, False)
+  """
+  return hasattr(x, "dtype") and hasattr(x, "shape")

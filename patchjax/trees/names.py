@@ -36,8 +36,8 @@ def join(parts: Iterable[str]) -> str:
     'mlp~1~0~1linear_0/w'
   """
   return "/".join(
-      part.replace("~", "~0").replace("/", "~1") if part else "~2"
-      for part in parts
+    part.replace("~", "~0").replace("/", "~1") if part else "~2"
+    for part in parts
   )
 
 
@@ -55,13 +55,13 @@ def split(text: str) -> Name:
     ('mlp/~/linear_0', 'w')
   """
   parts = tuple(
-      "" if part == "~2" else part.replace("~1", "/").replace("~0", "~")
-      for part in text.split("/")
+    "" if part == "~2" else part.replace("~1", "/").replace("~0", "~")
+    for part in text.split("/")
   )
   if join(parts) != text:
     raise StructureError(
-        f"{text!r} is not a leaf name: '~' must be written '~0', and a '/' "
-        "inside a part '~1' (patchjax.trees.join does it)"
+      f"{text!r} is not a leaf name: '~' must be written '~0', and a '/' "
+      "inside a part '~1' (patchjax.trees.join does it)"
     )
   return parts
 
@@ -102,13 +102,13 @@ def _canonical(paths: Sequence[tuple[Any, ...]]) -> list[Name]:
   box = jax.tree_util.GetAttrKey("value")
   # A bare array has no path: it goes by the empty part.
   return [
-      tuple(
-          part_of(key)
-          for depth, key in enumerate(path)
-          if not (key == box and depth and len(children[path[:depth]]) == 1)
-      )
-      or ("",)
-      for path in paths
+    tuple(
+      part_of(key)
+      for depth, key in enumerate(path)
+      if not (key == box and depth and len(children[path[:depth]]) == 1)
+    )
+    or ("",)
+    for path in paths
   ]
 
 
@@ -141,17 +141,17 @@ def flatten(tree: Any) -> tuple[dict[str, Leaf], jax.tree_util.PyTreeDef]:
   if len(named) != len(names):
     twice = [n for n, count in collections.Counter(names).items() if count > 1]
     raise StructureError(
-        "ambiguous tree: several leaves share a name\n"
-        + "\n".join(
-            f"  {name}: "
-            + ", ".join(
-                jax.tree_util.keystr(path)
-                for (path, _), n in zip(found, names, strict=True)
-                if n == name
-            )
-            for name in twice
+      "ambiguous tree: several leaves share a name\n"
+      + "\n".join(
+        f"  {name}: "
+        + ", ".join(
+          jax.tree_util.keystr(path)
+          for (path, _), n in zip(found, names, strict=True)
+          if n == name
         )
-        + "\nkeys are compared as strings; rename one of each"
+        for name in twice
+      )
+      + "\nkeys are compared as strings; rename one of each"
     )
   return named, treedef
 
@@ -208,6 +208,5 @@ def nested(named: Mapping[str, Leaf]) -> Any:
 
 def _both(parent: str, text: str) -> str:
   return (
-      f"{parent!r} is a leaf and also holds others ({text!r}); "
-      "rename one of them"
+    f"{parent!r} is a leaf and also holds others ({text!r}); rename one of them"
   )

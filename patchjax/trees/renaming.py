@@ -75,17 +75,17 @@ def rename_map(names: Iterable[str], rules: Rules) -> dict[str, str]:
   idle = [rule for rule in rules if rule not in used]
   if idle:
     raise SelectionError(
-        f"{len(idle)} of {len(rules)} renaming rules rename nothing:\n"
-        + "\n".join(f"  {_idle(rule, names)}" for rule in idle)
+      f"{len(idle)} of {len(rules)} renaming rules rename nothing:\n"
+      + "\n".join(f"  {_idle(rule, names)}" for rule in idle)
     )
   counts = collections.Counter(new.values())
   if len(counts) != len(new):
     raise StructureError(
-        "the renaming gives several leaves one name:\n"
-        + "\n".join(
-            f"  {old} -> {to}" for old, to in new.items() if counts[to] > 1
-        )
-        + "\nmake the templates tell them apart"
+      "the renaming gives several leaves one name:\n"
+      + "\n".join(
+        f"  {old} -> {to}" for old, to in new.items() if counts[to] > 1
+      )
+      + "\nmake the templates tell them apart"
     )
   # Refuses a leaf that would also be the parent of others.
   nested(dict.fromkeys(counts))
@@ -103,7 +103,7 @@ def _expand(match: re.Match[str], rule: str, template: str) -> str:
     text = match.expand(template)
   except (re.error, IndexError) as error:
     raise SelectionError(
-        f"the template {template!r} does not fit the regex {rule!r}: {error}"
+      f"the template {template!r} does not fit the regex {rule!r}: {error}"
     ) from error
   split(text)  # must be a name
   return text

@@ -11,11 +11,11 @@ _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?(%|[kMGT]?B|s|x|pt))?|-|")
 
 
 def table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[Any]],
-    *,
-    title: str | None = None,
-    width: int = 100,
+  columns: Sequence[str],
+  rows: Iterable[Sequence[Any]],
+  *,
+  title: str | None = None,
+  width: int = 100,
 ) -> str:
   """Returns a table as plain text, without colours or trailing spaces.
 
@@ -43,31 +43,31 @@ def table(
   lines = ["    "] * 8
   lines[2] = " -- "
   grid = rich_table.Table(
-      box=box.Box("\n".join(lines) + "\n", ascii=True),
-      show_edge=False,
-      pad_edge=True,
-      padding=(0, 1),
+    box=box.Box("\n".join(lines) + "\n", ascii=True),
+    show_edge=False,
+    pad_edge=True,
+    padding=(0, 1),
   )
   for i, column in enumerate(columns):
     numeric = all(_NUMBER.fullmatch(row[i]) for row in cells)
     grid.add_column(
-        column,
-        justify="right" if numeric else "left",
-        overflow="fold",
+      column,
+      justify="right" if numeric else "left",
+      overflow="fold",
     )
   for row in cells:
     grid.add_row(*row)
   out = io.StringIO()
   console.Console(
-      file=out,
-      width=width,
-      color_system=None,
-      force_terminal=False,
-      force_jupyter=False,
-      legacy_windows=False,
-      markup=False,
-      highlight=False,
-      emoji=False,
+    file=out,
+    width=width,
+    color_system=None,
+    force_terminal=False,
+    force_jupyter=False,
+    legacy_windows=False,
+    markup=False,
+    highlight=False,
+    emoji=False,
   ).print(grid)
   lines = out.getvalue().rstrip().split("\n")
   text = "\n".join(line.rstrip() for line in lines)

@@ -23,7 +23,7 @@ Selector = str | list[str] | tuple[str, ...] | Callable[[str, Any], bool] | Any
 
 
 def select(
-    tree: Any, only: Selector = None, *, expect: int | None = None
+  tree: Any, only: Selector = None, *, expect: int | None = None
 ) -> tuple[str, ...]:
   """Returns the text names of the leaves of a pytree that a selector picks.
 
@@ -56,10 +56,10 @@ def select(
 
 
 def select_named(
-    named: Mapping[str, Any],
-    only: Selector = None,
-    *,
-    expect: int | None = None,
+  named: Mapping[str, Any],
+  only: Selector = None,
+  *,
+  expect: int | None = None,
 ) -> tuple[str, ...]:
   """Returns what `select` does, for leaves that are already named.
 
@@ -89,9 +89,9 @@ def select_named(
   if wrong and (named or expect):
     wanted = "at least 1" if expect is None else expect
     raise SelectionError(
-        f"the selector {_show(only)} picks {describe(named, picked)}; "
-        f"expected {wanted}\n  picked: {list_names(picked)}\n  left: "
-        f"{list_names(name for name in named if name not in set(picked))}"
+      f"the selector {_show(only)} picks {describe(named, picked)}; "
+      f"expected {wanted}\n  picked: {list_names(picked)}\n  left: "
+      f"{list_names(name for name in named if name not in set(picked))}"
     )
   return picked
 
@@ -109,9 +109,9 @@ def describe(named: Mapping[str, Any], picked: tuple[str, ...]) -> str:
   """
   size = {name: math.prod(np.shape(leaf)) for name, leaf in named.items()}
   return (
-      f"{len(picked):,} of {len(named):,} leaves "
-      f"({sum(size[name] for name in picked):,} of "
-      f"{sum(size.values()):,} parameters)"
+    f"{len(picked):,} of {len(named):,} leaves "
+    f"({sum(size[name] for name in picked):,} of "
+    f"{sum(size.values()):,} parameters)"
   )
 
 
@@ -132,8 +132,8 @@ def compile_regex(pattern: Any) -> re.Pattern[str]:
     return re.compile(pattern)
   except (re.error, TypeError) as error:
     raise SelectionError(
-        f"{pattern!r} is not a regex for leaf names ({error}); "
-        "escape special characters with re.escape"
+      f"{pattern!r} is not a regex for leaf names ({error}); "
+      "escape special characters with re.escape"
     ) from error
 
 
@@ -150,22 +150,22 @@ def unmatched(pattern: str, names: Mapping[str, Any] | list[str]) -> str:
   """
   inside = sum(bool(re.search(pattern, name)) for name in names)
   hint = (
-      f"it occurs inside {inside}: try '.*{pattern}.*'"
-      if inside
-      else did_you_mean(pattern, names) or f"names are {list_names(names)}"
+    f"it occurs inside {inside}: try '.*{pattern}.*'"
+    if inside
+    else did_you_mean(pattern, names) or f"names are {list_names(names)}"
   )
   return f"{pattern!r} matches no whole name; {hint}"
 
 
 def _by_regex(
-    named: Mapping[str, Any], patterns: list[str] | tuple[str, ...]
+  named: Mapping[str, Any], patterns: list[str] | tuple[str, ...]
 ) -> tuple[str, ...]:
   compiled = [compile_regex(pattern) for pattern in patterns]
   hits = {name: [r.fullmatch(name) for r in compiled] for name in named}
   idle = [
-      unmatched(pattern, named)
-      for i, pattern in enumerate(patterns)
-      if not any(found[i] for found in hits.values())
+    unmatched(pattern, named)
+    for i, pattern in enumerate(patterns)
+    if not any(found[i] for found in hits.values())
   ]
   if idle:
     raise SelectionError("nothing to select: " + "\n  ".join(idle))
@@ -184,8 +184,8 @@ def _by_prefix(named: Mapping[str, Any], only: Any) -> tuple[str, ...]:
     mask = {(): only}  # a prefix of every name
   if not mask or not _is_tree_of_bools(only):
     raise SelectionError(
-        f"{_show(only)} is not a selector; give a regex, a list of regexes, "
-        "a callable (name, leaf) -> bool, or a prefix tree of bools"
+      f"{_show(only)} is not a selector; give a regex, a list of regexes, "
+      "a callable (name, leaf) -> bool, or a prefix tree of bools"
     )
   picked, open_, used = [], [], set()
   for text in named:
@@ -199,9 +199,9 @@ def _by_prefix(named: Mapping[str, Any], only: Any) -> tuple[str, ...]:
   idle = ["/".join(head) for head in mask if head not in used]
   if open_ or idle:
     raise SelectionError(
-        "the prefix tree of bools does not fit the tree\n"
-        f"  leaves it does not reach: {list_names(open_)}\n"
-        f"  entries that reach no leaf: {list_names(idle)}"
+      "the prefix tree of bools does not fit the tree\n"
+      f"  leaves it does not reach: {list_names(open_)}\n"
+      f"  entries that reach no leaf: {list_names(idle)}"
     )
   return tuple(picked)
 

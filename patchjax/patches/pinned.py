@@ -1,0 +1,175 @@
+"""The pinned evaluation: a patch applied by numpy, the same bits everywhere.
+
+XLA may contract a multiply and an add into one rounding, and may sum a
+product in any order, so compiled results differ between machines in the last
+bit. What a history stores must not. Here every operation is an IEEE float32
+(float64 for wide leaves) operation of its own: a low-rank product is a sum of
+outer products in the order of the rank, and a value is rounded once at the
+end. Leaves are host arrays, so 64-bit leaves are exact whatever JAX's settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from patchjax.patches.codes import (
+  Dense,
+  LowRank,
+  Quantized,
+  Sparse,
+  spread,
+  unravel,
+)
+from patchjax.patches.deltas import Delete, Delta, Insert, Rename
+from patchjax.patches.laws import LAWS, compute_dtype
+from patchjax.trees import dtypes
+from patchjax.trees.errors import DtypeError, LawError
+
+
+def apply_host(leaf: Any, delta: Delta, *, undo: bool = False) -> Any:
+  """Returns one leaf with a delta applied, evaluated by numpy.
+
+  Args:
+    leaf: array (numpy or fully addressable jax; PRNG keys included).
+    delta: a numeric delta.
+    undo: whether to take the delta away instead.
+
+  Returns:
+    A new numpy array of the leaf's shape and dtype (a jax array of keys for
+    PRNG keys).
+
+  Raises:
+    LawError: if the law cannot act on the leaf's dtype, or not be undone.
+
+  Example:
+    >>> delta = Delta(Dense(np.float32([1, 2])), "add")
+    >>> apply_host(np.float32([10, 20]), delta).tolist()
+    [11.0, 22.0]
+  """
+  law = LAWS[delta.law]
+  function = law.undo if undo else law.act
+  if function is None:
+    raise LawError(f"a delta of law {delta.law!r} cannot be reverted")
+  if delta.law == "bits" or dtypes.is_key(leaf):
+    held, dtype = dtypes.host(leaf)
+    if delta.law == "set":
+      return dtypes.device(dtypes.host(_numbers(delta.code, None))[0], dtype)
+    changed = _combine(held, delta.code, function, None, held.dtype)
+    kind = dtypes.KINDS.get(dtype)
+    if kind and kind.bits < 8:
+      changed &= kind.word.type((1 << kind.bits) - 1)
+    return dtypes.device(changed, dtype)
+  leaf = np.asarray(leaf)
+  if delta.law == "set":
+    return _combine(leaf, delta.code, function, leaf.dtype, leaf.dtype)
+  return _combine(leaf, delta.code, function, compute_dtype(leaf), leaf.dtype)
+
+
+def _combine(
+  x: np.ndarray, code: Any, function: Any, compute: Any, out: np.dtype
+) -> np.ndarray:
+  # Overflow to inf and operations on NaN are IEEE results, not mistakes.
+  with np.errstate(all="ignore"):
+    if not isinstance(code, Sparse):
+      numbers = _numbers(code, compute)
+      wide = x if compute is None else x.astype(compute)
+      result = function(wide, np.broadcast_to(numbers, x.shape))
+      return np.array(result.astype(out), order="C")
+    values = code.values
+    held = _numbers(values, compute)
+    indices = np.asarray(code.indices)
+    inside = (indices if indices.ndim == 1 else indices[:, 0]) < code.end
+    at = tuple(axis[inside] for axis in unravel(indices, code.shape))
+    changed = np.array(x, order="C")
+    old = x[at]
+    old = old if compute is None else old.astype(compute)
+    changed[at] = function(old, held[inside]).astype(out)
+    return changed
+
+
+def _numbers(code: Any, dtype: Any) -> np.ndarray:
+  """The numbers of a code that is not sparse, on the host."""
+  match code:
+    case Dense(values=values):
+      if dtypes.is_key(values):
+        return values
+      values = np.asarray(values)
+      return values if dtype is None else values.astype(dtype)
+    case LowRank():
+      return _product(code, dtype)
+    case Quantized():
+      dtype = dtype or np.dtype(code.scales.dtype)
+      wide = (
+        np.promote_types(dtype, np.float32) if _plain(dtype) else np.float32
+      )
+      scales = spread(np.asarray(code.scales), code.block, code.shape)
+      return (np.asarray(code.words).astype(wide) * scales.astype(wide)).astype(
+        dtype
+      )
+  values = np.asarray(code)
+  return values if dtype is None else values.astype(dtype)
+
+
+def _plain(dtype: Any) -> bool:
+  return np.dtype(dtype).name in ("float16", "float32", "float64", "complex64")
+
+
+def _product(code: LowRank, dtype: Any) -> np.ndarray:
+  """`scale * a @ b` as rank-ordered sums of outer products."""
+  dtype = np.dtype(dtype or np.asarray(code.a).dtype)
+  wide = np.promote_types(dtype, np.float32) if _plain(dtype) else np.float32
+  a, b = (np.asarray(x).astype(wide) for x in (code.a, code.b))
+  inputs = a.ndim - code.batch - 1
+  outputs = b.ndim - code.batch - 1
+  total = np.zeros(code.shape, wide)
+  for r in range(code.rank):
+    left = a[..., r].reshape(a.shape[:-1] + (1,) * outputs)
+    right = np.take(b, r, axis=code.batch)
+    right = right.reshape(
+      right.shape[: code.batch] + (1,) * inputs + right.shape[code.batch :]
+    )
+    # Two statements: one expression could become a fused multiply-add.
+    outer = left * right
+    total += outer
+  return (total * np.asarray(code.scale).astype(wide)).astype(dtype)
+
+
+def apply_named(named: Mapping[str, Any], patch: Any) -> dict[str, Any]:
+  """Returns `{name: leaf}` with a whole patch applied by numpy.
+
+  Untouched leaves are passed through as they are. Structural deltas are done
+  after the numeric ones, as in `patchjax.apply`.
+
+  Args:
+    named: `{text name: leaf}` of the base.
+    patch: a `Patch` that fits it; check that first.
+
+  Returns:
+    `{text name: leaf}`, renamed leaves in the place of the old ones.
+  """
+  changed: dict[str, Any] = {}
+  for name, leaf in named.items():
+    match patch.deltas.get(name):
+      case None:
+        changed[name] = leaf
+      case Delta() as delta:
+        changed[name] = apply_host(leaf, delta)
+      case Insert(value=value, axis=int() as axis):
+        changed[name] = np.concatenate(
+          [np.asarray(leaf), np.asarray(value)], axis=axis
+        )
+      case Rename(to=to):
+        changed[to] = leaf
+      case Delete():
+        pass
+      case other:
+        raise DtypeError(f"{name}: {other!r} is not a delta of a leaf")
+  changed.update(
+    (name, delta.value)
+    for name, delta in patch.deltas.items()
+    if isinstance(delta, Insert) and delta.axis is None
+  )
+  return changed
