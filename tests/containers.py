@@ -26,17 +26,15 @@ def leaf(name: str, start: float = 0.0) -> jax.Array:
 
 def pure_dict(start: float = 0.0) -> Any:
   return {
-      "blocks": {
-          i: {part: leaf(f"blocks/{i}/{part}", start) for part in SHAPES}
-          for i in range(2)
-      }
+    "blocks": {
+      i: {part: leaf(f"blocks/{i}/{part}", start) for part in SHAPES}
+      for i in range(2)
+    }
   }
 
 
 def text_dict(start: float = 0.0) -> Any:
-  return {
-      "blocks": {str(i): b for i, b in pure_dict(start)["blocks"].items()}
-  }
+  return {"blocks": {str(i): b for i, b in pure_dict(start)["blocks"].items()}}
 
 
 def nested_list(start: float = 0.0) -> Any:
@@ -80,12 +78,12 @@ def linen_boxed(start: float = 0.0) -> Any:
   def block(i):
     def init(part, axes):
       return nn.with_partitioning(
-          lambda key: leaf(f"blocks/{i}/{part}", start), axes
+        lambda key: leaf(f"blocks/{i}/{part}", start), axes
       )(jax.random.key(0))
 
     return {
-        "kernel": init("kernel", (None, "model")),
-        "bias": init("bias", ("model",)),
+      "kernel": init("kernel", (None, "model")),
+      "bias": init("bias", ("model",)),
     }
 
   return {"blocks": {str(i): block(i) for i in range(2)}}
@@ -101,10 +99,12 @@ def equinox_module(start: float = 0.0) -> Any:
   class Model(eqx.Module):
     blocks: list
 
-  return Model([
+  return Model(
+    [
       Block(leaf(f"blocks/{i}/kernel", start), leaf(f"blocks/{i}/bias", start))
       for i in range(2)
-  ])
+    ]
+  )
 
 
 @jax.tree_util.register_dataclass
@@ -118,18 +118,18 @@ def dataclass_holder(start: float = 0.0) -> Any:
 
 
 SHARED: dict[str, Callable[..., Any]] = {
-    f.__name__: f
-    for f in (
-        pure_dict,
-        text_dict,
-        nested_list,
-        nested_tuple,
-        nnx_module,
-        nnx_state,
-        nnx_pure,
-        linen_boxed,
-        equinox_module,
-        dataclass_holder,
-    )
+  f.__name__: f
+  for f in (
+    pure_dict,
+    text_dict,
+    nested_list,
+    nested_tuple,
+    nnx_module,
+    nnx_state,
+    nnx_pure,
+    linen_boxed,
+    equinox_module,
+    dataclass_holder,
+  )
 }
 """Builders whose trees all have the leaves NAMES."""

@@ -28,18 +28,18 @@ def test_many_blocks_are_a_merkle_tree(blocks):
   data = np.arange(blocks * (1 << 18) - 7, dtype=np.uint32)
   raw = data.tobytes()
   level = [
-      hashlib.sha256(b"\x00" + raw[i : i + (1 << 20)]).digest()
-      for i in range(0, len(raw), 1 << 20)
+    hashlib.sha256(b"\x00" + raw[i : i + (1 << 20)]).digest()
+    for i in range(0, len(raw), 1 << 20)
   ]
   while len(level) > 1:
     level = [
-        hashlib.sha256(b"\x01" + b"".join(level[i : i + 2])).digest()
-        if len(level[i : i + 2]) == 2
-        else level[i]
-        for i in range(0, len(level), 2)
+      hashlib.sha256(b"\x01" + b"".join(level[i : i + 2])).digest()
+      if len(level[i : i + 2]) == 2
+      else level[i]
+      for i in range(0, len(level), 2)
     ]
   head = json.dumps(
-      {"dtype": "uint32", "shape": [len(data)]}, separators=(",", ":")
+    {"dtype": "uint32", "shape": [len(data)]}, separators=(",", ":")
   )
   want = hashlib.sha256(b"\x02" + level[0] + head.encode()).hexdigest()
   assert trees.leaf_digest(data) == want

@@ -28,9 +28,9 @@ def test_words_come_back_bit_for_bit(name):
 
 
 @pytest.mark.parametrize(
-    "name",
-    # With x64 off, jax holds no 64-bit numbers: those stay in numpy.
-    sorted(dtypes.KINDS.keys() - {"int64", "uint64", "float64", "complex128"}),
+  "name",
+  # With x64 off, jax holds no 64-bit numbers: those stay in numpy.
+  sorted(dtypes.KINDS.keys() - {"int64", "uint64", "float64", "complex128"}),
 )
 def test_device_arrays_give_the_same_words(name):
   words = every_bit_pattern(name)
@@ -42,9 +42,9 @@ def test_device_arrays_give_the_same_words(name):
 
 def test_the_table_has_every_dtype_of_jax():
   known = {
-      np.dtype(value).name
-      for value in vars(ml_dtypes).values()
-      if isinstance(value, type) and issubclass(value, np.generic)
+    np.dtype(value).name
+    for value in vars(ml_dtypes).values()
+    if isinstance(value, type) and issubclass(value, np.generic)
   }
   # jax has names for these, and cannot put them on a device (0.10.2).
   names_only = {"int1", "uint1", "float6_e2m3fn", "float6_e3m2fn"}
@@ -53,15 +53,15 @@ def test_the_table_has_every_dtype_of_jax():
 
 
 @pytest.mark.parametrize(
-    "x",
-    [
-        np.float32([np.nan, -np.nan, -0.0, 1e-45, np.inf]),
-        np.arange(12, dtype=np.int16).reshape(3, 4).T,
-        np.arange(3, dtype=">f4"),
-        np.zeros((0, 3), np.float16),
-        np.asfortranarray(np.ones((2, 3), np.complex64)),
-    ],
-    ids=["special", "transposed", "big endian", "empty", "complex"],
+  "x",
+  [
+    np.float32([np.nan, -np.nan, -0.0, 1e-45, np.inf]),
+    np.arange(12, dtype=np.int16).reshape(3, 4).T,
+    np.arange(3, dtype=">f4"),
+    np.zeros((0, 3), np.float16),
+    np.asfortranarray(np.ones((2, 3), np.complex64)),
+  ],
+  ids=["special", "transposed", "big endian", "empty", "complex"],
 )
 def test_layouts_and_special_values(x):
   words, name = dtypes.host(x)

@@ -13,10 +13,10 @@ from patchjax.trees.errors import StructureError
 from tests import containers
 
 PARTS = st.lists(
-    st.text(st.characters(codec="utf-8"), max_size=5)
-    | st.sampled_from(["", "~", "/", "~1", "~0", "~2", "a.b", "value", "0"]),
-    min_size=1,
-    max_size=4,
+  st.text(st.characters(codec="utf-8"), max_size=5)
+  | st.sampled_from(["", "~", "/", "~1", "~0", "~2", "a.b", "value", "0"]),
+  min_size=1,
+  max_size=4,
 )
 
 
@@ -80,8 +80,8 @@ def test_haiku_names_keep_their_slashes_in_one_part():
   params = f.init(jax.random.PRNGKey(0), jnp.ones((1, 3)))
   named = trees.named_leaves(params)
   assert {trees.split(name) for name in named} == {
-      ("mlp/~/linear_0", "w"),
-      ("mlp/~/linear_0", "b"),
+    ("mlp/~/linear_0", "w"),
+    ("mlp/~/linear_0", "b"),
   }
   assert jax.tree.structure(trees.nested(named)) == jax.tree.structure(params)
 
@@ -117,22 +117,22 @@ def test_a_value_attribute_with_siblings_is_kept():
       return cls(*children)
 
   assert set(trees.named_leaves({"w": Pair(1.0, 2.0)})) == {
-      "w/value",
-      "w/scale",
+    "w/value",
+    "w/scale",
   }
   # A dict's key "value" is a name like any other.
   assert set(trees.named_leaves({"w": {"value": 1.0}})) == {"w/value"}
 
 
 @pytest.mark.parametrize(
-    "tree",
-    [
-        # Orbax confuses the first two, keystr(simple=True) the third.
-        {"a.b": 1.0, "a": {"b": 2.0}},
-        {"a/b": 1.0, "a": {"b": 2.0}},
-        {"a~1b": 1.0, "a/b": 2.0},
-        {"": 1.0, "~2": 2.0},
-    ],
+  "tree",
+  [
+    # Orbax confuses the first two, keystr(simple=True) the third.
+    {"a.b": 1.0, "a": {"b": 2.0}},
+    {"a/b": 1.0, "a": {"b": 2.0}},
+    {"a~1b": 1.0, "a/b": 2.0},
+    {"": 1.0, "~2": 2.0},
+  ],
 )
 def test_dots_slashes_and_tildes_never_collide(tree):
   named, treedef = trees.flatten(tree)

@@ -6,11 +6,11 @@ from patchjax.trees import report
 def test_columns_of_numbers_stand_to_the_right():
   text = report.table(["leaf", "n"], [["w", 1], ["bias", 1000]], title="Leaves")
   assert text.splitlines() == [
-      "Leaves",
-      " leaf      n",
-      "-------------",
-      " w         1",
-      " bias   1000",
+    "Leaves",
+    " leaf      n",
+    "-------------",
+    " w         1",
+    " bias   1000",
   ]
 
 

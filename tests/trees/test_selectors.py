@@ -14,17 +14,17 @@ FIRST = ("blocks/0/bias", "blocks/0/kernel")
 
 @pytest.mark.parametrize("container", containers.SHARED)
 @pytest.mark.parametrize(
-    "only, want",
-    [
-        (r".*/kernel", KERNELS),
-        ([r"blocks/0/bias", r".*/0/kernel"], FIRST),
-        (lambda name, leaf: leaf.ndim == 2, KERNELS),
-        ({"blocks": {"0": True, "1": False}}, FIRST),
-        ({"blocks": [True, False]}, FIRST),
-        (True, containers.NAMES),
-        (None, containers.NAMES),
-    ],
-    ids=["regex", "list", "callable", "dict", "other", "bool", "none"],
+  "only, want",
+  [
+    (r".*/kernel", KERNELS),
+    ([r"blocks/0/bias", r".*/0/kernel"], FIRST),
+    (lambda name, leaf: leaf.ndim == 2, KERNELS),
+    ({"blocks": {"0": True, "1": False}}, FIRST),
+    ({"blocks": [True, False]}, FIRST),
+    (True, containers.NAMES),
+    (None, containers.NAMES),
+  ],
+  ids=["regex", "list", "callable", "dict", "other", "bool", "none"],
 )
 def test_all_kinds_of_selectors_in_all_containers(container, only, want):
   tree = containers.SHARED[container]()
@@ -67,16 +67,16 @@ def test_nothing_picked_is_an_error_unless_expected():
 
 
 @pytest.mark.parametrize(
-    "prefix, message",
-    [
-        ({"blocks": {"0": True}}, "does not reach: 'blocks/1/bias'"),
-        ({"blocks": True, "head": False}, "reach no leaf: 'head'"),
-        ({"blocks": 1.5}, "is not a selector"),
-        ({}, "is not a selector"),
-        (3, "is not a selector"),
-        ("(", "is not a regex"),
-        (["a", 3], "is not a regex"),
-    ],
+  "prefix, message",
+  [
+    ({"blocks": {"0": True}}, "does not reach: 'blocks/1/bias'"),
+    ({"blocks": True, "head": False}, "reach no leaf: 'head'"),
+    ({"blocks": 1.5}, "is not a selector"),
+    ({}, "is not a selector"),
+    (3, "is not a selector"),
+    ("(", "is not a regex"),
+    (["a", 3], "is not a regex"),
+  ],
 )
 def test_what_is_no_selector_for_this_tree_is_refused(prefix, message):
   with pytest.raises(SelectionError, match=message):

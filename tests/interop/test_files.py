@@ -1,0 +1,211 @@
+"""Files of others: what is written comes back; what is broken is refused."""
+
+import json
+import os
+import pickle
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from patchjax import trees
+from patchjax.interop import files
+from patchjax.trees import dtypes
+from patchjax.trees.errors import DtypeError, FormatError, StructureError
+from tests import containers
+
+KINDS = ["a.safetensors", "a.npz", "a"]
+
+
+def some(name):
+  kind = dtypes.KINDS[name]
+  shape = (3, 2) if kind.words == 2 else (3,)
+  words = np.random.default_rng(0).integers(
+    0, 2**kind.bits - 1, shape, np.uint64
+  )
+  return dtypes.from_words(words.astype(kind.word), name)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+  "container", ["pure_dict", "nnx_module", "linen_boxed"]
+)
+def test_params_come_back_as_nested_dicts(tmp_path, name, container):
+  params = containers.SHARED[container]()
+  files.save_params(tmp_path / name, params)
+  back = files.load_params(tmp_path / name)
+  assert trees.tree_id(back) == trees.tree_id(params)
+  assert isinstance(back["blocks"]["0"]["kernel"], np.ndarray)
+
+
+@pytest.mark.parametrize("dtype", files._CODES.values())
+def test_safetensors_keeps_every_bit_of_every_dtype_it_has(tmp_path, dtype):
+  params = {"w": some(dtype), "odd": np.zeros(3, np.int8)}
+  files.save_params(tmp_path / "a.safetensors", params)
+  back = files.load_params(tmp_path / "a.safetensors")
+  assert trees.tree_id(back) == trees.tree_id(params)
+  assert all(x.flags.aligned for x in back.values())
+
+
+def test_the_reference_library_reads_what_we_write_and_the_other_way(tmp_path):
+  params = {"a": np.arange(3, dtype=np.int16), "b": np.float32([[1.5]])}
+  files.save_params(tmp_path / "a.safetensors", params)
+  theirs = safetensors.numpy.load_file(tmp_path / "a.safetensors")
+  assert trees.tree_id(theirs) == trees.tree_id(params)
+  safetensors.numpy.save_file(params, tmp_path / "b.safetensors")
+  ours = files.load_params(tmp_path / "b.safetensors")
+  assert trees.tree_id(ours) == trees.tree_id(params)
+
+
+def test_haiku_names_survive_and_foreign_slashes_are_cut(tmp_path):
+  params = {"mlp/~/linear_0": {"w": np.ones(2, np.float32)}}
+  files.save_params(tmp_path / "a.npz", params)
+  assert set(files.load_params(tmp_path / "a.npz")) == {"mlp/~/linear_0"}
+  np.savez(tmp_path / "b.npz", **{"mlp/~/linear_0/w": np.ones(2)})
+  named = trees.named_leaves(files.load_params(tmp_path / "b.npz"))
+  assert [trees.split(n) for n in named] == [("mlp", "~", "linear_0", "w")]
+
+
+def test_a_leaf_called_file_is_a_leaf_in_npz(tmp_path):
+  params = {"file": np.ones(2), "args": {"allow_pickle": np.zeros(())}}
+  files.save_params(tmp_path / "a.npz", params)
+  back = files.load_params(tmp_path / "a.npz")
+  assert trees.tree_id(back) == trees.tree_id(params)
+
+
+def test_orbax_checkpoints_of_others_are_read_with_64_bits(tmp_path):
+  from orbax.checkpoint import v1 as ocp
+
+  tree = {
+    "layers": [{"w": jnp.ones(2, jnp.bfloat16)}, {"w": np.arange(2) + 2**40}]
+  }
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    ocp.save(tmp_path / "ckpt", tree)
+  back = files.load_params(tmp_path / "ckpt")
+  assert trees.tree_id(back) == trees.tree_id(tree)
+
+
+def test_nothing_is_unpickled(tmp_path):
+  class Bomb:
+    def __reduce__(self):
+      return (os.mkdir, (str(tmp_path / "boom"),))
+
+  np.savez(tmp_path / "a.npz", w=np.array([Bomb()], dtype=object))
+  with pytest.raises(FormatError, match="plain arrays"):
+    files.load_params(tmp_path / "a.npz")
+  (tmp_path / "b.npz").write_bytes(pickle.dumps(Bomb()))
+  with pytest.raises(FormatError, match="plain arrays"):
+    files.load_params(tmp_path / "b.npz")
+  assert not (tmp_path / "boom").exists()
+
+
+def broken_safetensors(kind, good):
+  length = int.from_bytes(good[:8], "little")
+  header = json.loads(good[8 : 8 + length])
+  match kind:
+    case "empty":
+      return b""
+    case "truncated":
+      return good[:-3]
+    case "longer":
+      return good + b"x"
+    case "header":
+      return good[:8] + b"{" + good[9:20]
+    case "length":
+      return (2**60).to_bytes(8, "little") + good[8:]
+    case "shape":
+      header["w"]["shape"] = [1000]
+    case "offsets":
+      header["w"]["data_offsets"] = [0, 10**9]
+    case "dtype":
+      header["w"]["dtype"] = "F6_E2M3"
+  text = json.dumps(header).encode()
+  return len(text).to_bytes(8, "little") + text + good[8 + length :]
+
+
+@pytest.mark.parametrize(
+  "kind",
+  "empty truncated longer header length shape offsets dtype".split(),
+)
+def test_broken_safetensors_are_refused(tmp_path, kind):
+  path = tmp_path / "a.safetensors"
+  files.save_params(path, {"w": np.ones(4, np.float32)})
+  path.write_bytes(broken_safetensors(kind, path.read_bytes()))
+  with pytest.raises(FormatError, match="a.safetensors"):
+    files.load_params(path)
+
+
+@pytest.mark.parametrize("size", [0, 10, 100])
+def test_broken_npz_are_refused(tmp_path, size):
+  path = tmp_path / "a.npz"
+  files.save_params(path, {"w": np.ones(40, np.float32)})
+  path.write_bytes(path.read_bytes()[:size])
+  with pytest.raises(FormatError, match="not a readable npz"):
+    files.load_params(path)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+  (tmp_path / "dir").mkdir()
+  with pytest.raises(FormatError, match="not a readable Orbax checkpoint"):
+    files.load_params(tmp_path / "dir")
+  (tmp_path / "a.bin").write_bytes(b"x")
+  with pytest.raises(FormatError, match="expected a file ending in"):
+    files.load_params(tmp_path / "a.bin")
+  with pytest.raises(FileNotFoundError, match="a.npz: no such file"):
+    files.load_params(tmp_path / "a.npz")
+
+
+def test_npz_without_dtypes_is_refused_both_ways(tmp_path):
+  params = {"w": jnp.ones(2, jnp.bfloat16)}
+  with pytest.raises(DtypeError, match="npz has no bfloat16"):
+    files.save_params(tmp_path / "a.npz", params)
+  np.savez(tmp_path / "b.npz", w=np.asarray(params["w"]))
+  with pytest.raises(FormatError, match="does not keep bfloat16"):
+    files.load_params(tmp_path / "b.npz")
+
+
+def test_prng_keys_and_4_bits_have_no_place_in_these_files(tmp_path):
+  for name in KINDS:
+    with pytest.raises(DtypeError, match="repository"):
+      files.save_params(tmp_path / name, {"key": jax.random.key(0)})
+  with pytest.raises(DtypeError, match="safetensors has no int4"):
+    files.save_params(tmp_path / KINDS[0], {"w": jnp.ones(2, jnp.int4)})
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_empty_trees_and_existing_paths_are_refused(tmp_path, name):
+  path = tmp_path / name
+  with pytest.raises(StructureError, match="no arrays"):
+    files.save_params(path, {})
+  files.save_params(path, {"w": np.ones(2)})
+  with pytest.raises(FileExistsError, match="exists; choose another name"):
+    files.save_params(path, {"w": np.zeros(2)})
+  assert files.load_params(path)["w"].sum() == 2
+  if path.suffix:
+    files.save_params(path, {"w": np.zeros(2)}, overwrite=True)
+    assert files.load_params(path)["w"].sum() == 0
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_failed_write_leaves_nothing(tmp_path, name, monkeypatch):
+  def fail(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "fsync", fail)
+  monkeypatch.setattr("orbax.checkpoint.v1.save", fail, raising=False)
+  if "." in name:
+    with pytest.raises(OSError, match="No space"):
+      files.save_params(tmp_path / name, {"w": np.ones(2)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_as_readable_as_any_other(tmp_path):
+  files.save_params(tmp_path / "a.npz", {"w": np.ones(2)})
+  (tmp_path / "plain").touch()
+  modes = {p.stat().st_mode for p in tmp_path.iterdir()}
+  assert len(modes) == 1
