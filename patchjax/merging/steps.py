@@ -1,0 +1,219 @@
+"""The steps merges are made of: elect_sign, the means and sums, scale.
+
+Each returns a transform for `pj.chain`; `trim` is in `patchjax.patches`, since
+encodings use it too. Deltas are the contributors' task vectors
+`f32(x) - f32(base)`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from patchjax.patches import selection, transform
+
+
+def elect_sign(
+    *,
+    method: Literal["total", "frequency"] = "total",
+    zero: Literal["majority", "positive"] = "majority",
+    weights: Any = None,
+) -> transform.Transform:
+  """Returns the step that drops entries against the elected sign.
+
+  Second step of TIES (Yadav et al. 2023, https://arxiv.org/abs/2306.01708).
+
+  Args:
+    method: "total": the sign of the sum of the contributors' entries;
+      "frequency": the sign of the sum of their signs.
+    zero: the sign of an entry whose sum is zero. "majority": the sign most
+      entries of the whole model have (and minus if that is a tie too), as in
+      the paper's code, for one more pass; "positive", as in mergekit.
+    weights: one a contributor, to multiply the entries before the election
+      *and after it* (mergekit does, for TIES); by default none.
+
+  Example:
+    >>> import patchjax as pj
+    >>> pj.merging.elect_sign()
+    elect_sign(method='total', zero='majority')
+  """
+  if method not in ("total", "frequency"):
+    raise ValueError(
+        f"method must be 'total' or 'frequency', got {method!r}"
+    )
+  if zero not in ("majority", "positive"):
+    raise ValueError(f"zero must be 'majority' or 'positive', got {zero!r}")
+  return transform.transform(
+      _ELECT, {"weights": weights}, method=method, zero=zero
+  )
+
+
+def _weighted(deltas, state):
+  if "weights" not in state:
+    return deltas
+  weights = transform.per_contributor(state["weights"], len(deltas))
+  return tuple(
+      d * _as(w, d) for d, w in zip(deltas, weights, strict=True)
+  )
+
+
+def _as(number, like):
+  return jnp.asarray(number).astype(like.dtype)
+
+
+def _balance(deltas, method):
+  votes = deltas if method == "total" else tuple(map(jnp.sign, deltas))
+  return functools.reduce(jnp.add, votes)
+
+
+def _elect_start(state, shapes, k, *, method, zero):
+  del state, shapes, method, zero
+  return jnp.asarray(k == 0)
+
+
+def _elect_reduce(leaf, deltas, state, carry, *, method, zero):
+  del carry, zero
+  balance = _balance(_weighted(deltas, state), method)
+  masks = (balance > _as(0, balance), balance < _as(0, balance))
+  return selection.count_true(masks, local=leaf.local)
+
+
+def _elect_finish(total, carry, *, method, zero):
+  del carry, method, zero
+  total = selection.carried(total)
+  positive, negative = total[:, 0], total[:, 1]
+  more = selection.at_least(positive, negative) & (positive != negative).any()
+  return more, jnp.asarray(True)
+
+
+def _elect(leaf, deltas, base, state, shared, *, method, zero):
+  del leaf, base
+  deltas = _weighted(deltas, state)
+  balance = _balance(deltas, method)
+  nought = _as(0, balance)
+  tied = jnp.asarray(True) if zero == "positive" else shared
+  up = (balance > nought) | ((balance == nought) & tied)
+  return tuple(
+      jnp.where(jnp.where(up, d > nought, d < nought), d, jnp.zeros_like(d))
+      for d in deltas
+  )
+
+
+_ELECT = transform.register_step(
+    transform.Step(
+        name="elect_sign",
+        update=_elect,
+        start=_elect_start,
+        reduce=_elect_reduce,
+        finish=_elect_finish,
+        scope=lambda *, method, zero: "none" if zero == "positive" else "tree",
+    )
+)
+
+
+def disjoint_mean(
+    *, weights: Any = None, in_sum: bool = True
+) -> transform.Transform:
+  """Returns the step that averages, in each entry, those that are not zero.
+
+  Third step of TIES: `sum_i w_i d_i / sum_i w_i [d_i != 0]`, and 0 where all
+  are zero.
+
+  Args:
+    weights: w, one a contributor; by default 1.
+    in_sum: whether the entries are still to be multiplied by the weights, or
+      already were (`elect_sign(weights=...)`).
+  """
+  return transform.transform(_DISJOINT, {"weights": weights}, in_sum=in_sum)
+
+
+def _disjoint(leaf, deltas, base, state, shared, *, in_sum):
+  del leaf, base, shared
+  weights = transform.per_contributor(state.get("weights", 1.0), len(deltas))
+  zero = jnp.zeros_like(deltas[0])
+  mass = functools.reduce(
+      jnp.add,
+      (
+          jnp.where(d != _as(0, d), _as(w, d), zero)
+          for d, w in zip(deltas, weights, strict=True)
+      ),
+  )
+  total = functools.reduce(
+      jnp.add, _weighted(deltas, state) if in_sum else deltas
+  )
+  # The inner `where` keeps 0/0 out of the derivative as well.
+  safe = jnp.where(mass != _as(0, mass), mass, jnp.ones_like(mass))
+  return total / safe
+
+
+_DISJOINT = transform.register_step(
+    transform.Step(name="disjoint_mean", update=_disjoint, reducing=True)
+)
+
+
+def weighted_sum(
+    *, weights: Any = 1.0, normalize: bool = False
+) -> transform.Transform:
+  """Returns the step `sum_i w_i d_i`.
+
+  Args:
+    weights: w, one a contributor or one for all.
+    normalize: whether to divide by the sum of the weights.
+  """
+  return transform.transform(_SUM, {"weights": weights}, normalize=normalize)
+
+
+def _sum(leaf, deltas, base, state, shared, *, normalize):
+  del leaf, base, shared
+  total = functools.reduce(jnp.add, _weighted(deltas, state))
+  if not normalize:
+    return total
+  weights = transform.per_contributor(state["weights"], len(deltas))
+  return total / functools.reduce(jnp.add, (_as(w, total) for w in weights))
+
+
+_SUM = transform.register_step(
+    transform.Step(name="weighted_sum", update=_sum, reducing=True)
+)
+
+
+def mean() -> transform.Transform:
+  """Returns the step that averages the contributors' deltas."""
+  return transform.transform(_MEAN, {})
+
+
+def _mean(leaf, deltas, base, state, shared):
+  del leaf, base, state, shared
+  total = functools.reduce(jnp.add, deltas)
+  return total / _as(len(deltas), total)
+
+
+_MEAN = transform.register_step(
+    transform.Step(name="mean", update=_mean, reducing=True)
+)
+
+
+def scale(scale: Any) -> transform.Transform:
+  """Returns the step that multiplies deltas by a number.
+
+  Args:
+    scale: the papers' lambda; traced and differentiable. Before the reducing
+      step it may be one a contributor.
+
+  Example:
+    >>> import patchjax as pj
+    >>> pj.merging.scale(0.5)
+    scale(scale=0.5)
+  """
+  return transform.transform(_SCALE, {"scale": scale})
+
+
+def _scale(leaf, deltas, base, state, shared):
+  del leaf, base, shared
+  scales = transform.per_contributor(state["scale"], len(deltas))
+  return tuple(d * _as(s, d) for d, s in zip(deltas, scales, strict=True))
+
+
+_SCALE = transform.register_step(transform.Step(name="scale", update=_scale))

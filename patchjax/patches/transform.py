@@ -1,0 +1,331 @@
+"""Transforms: the one protocol of encodings and merges, and `chain`.
+
+A transform maps k deltas of a leaf to k deltas, or, at most once in a chain,
+to one. It is described by *stages*: a `Step`, which is a record of
+module-level functions, and its options, which are hashable and static. Its
+*numbers* (density, scale, weights, t) are a pytree beside them, so that a
+transform is itself a pytree: an argument of a jitted function whose numbers
+change without a new compilation, can be mapped over with `vmap`, and learned
+with `grad`.
+
+A step sees one leaf at a time, whoever runs it: eagerly leaf by leaf, inside
+a user's jit, on a mesh, or over files that do not fit in memory. A step that
+needs the whole tree (a global threshold) also counts: its `reduce` looks at a
+leaf and returns a small array, the runner adds these up over leaves and
+shards, `finish` turns the total into what the next pass or `update` needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from patchjax.patches import placement
+from patchjax.trees.errors import FormatError, SelectionError
+
+Array = Any
+Options = tuple[tuple[str, Hashable], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """One kind of step: module-level functions on one leaf.
+
+  Every function gets the step's options as keyword arguments. `leaf` is a
+  `placement.Leaf`; `deltas` is a tuple of k float arrays of its shape, never
+  stacked; `state` is the step's numbers (a dict) or what `init` made of them.
+
+  Attributes:
+    name: what the step is called in specs.
+    update: `(leaf, deltas, base, state, shared, **options)`, the new tuple of
+      k deltas or, for a reducing step, one array. A last step may return
+      codes. `base` is the base's leaf in the dtype of the deltas, or None;
+      `shared` is the last carry, or None for a step that does not count.
+    init: `(numbers, shapes, **options) -> state`, if the state is more than
+      the numbers (a key, statistics); `shapes` is `{name: ShapeDtypeStruct}`.
+    start: `(state, shapes, k, **options) -> carry` of the first pass;
+      `shapes` is the list of the shapes of all leaves, in order of names.
+    reduce: `(leaf, deltas, state, carry, **options)`, a small array or a
+      pytree of them: summed over leaves and shards.
+    finish: `(total, carry, **options) -> (carry, done)`; `done` is a boolean
+      scalar, and another pass is made until it is true.
+    reducing: whether `update` turns the k deltas into one.
+    scope: `(**options) -> "tree" | "leaf" | "none"`: what `reduce` is summed
+      over, or that these options need no count; by default the tree.
+  """
+
+  name: str
+  update: Callable[..., Any]
+  init: Callable[..., Any] | None = None
+  start: Callable[..., Any] | None = None
+  reduce: Callable[..., Any] | None = None
+  finish: Callable[..., Any] | None = None
+  reducing: bool = False
+  scope: Callable[..., str] | None = None
+
+  def __post_init__(self):
+    together = (self.start, self.reduce, self.finish)
+    if len({f is None for f in together}) > 1:
+      raise ValueError(
+          f"step {self.name!r}: start, reduce and finish go together"
+      )
+
+
+_STEPS: dict[str, Step] = {}
+
+
+def register_step(step: Step) -> Step:
+  """Makes a step known by its name, so that `from_spec` finds it.
+
+  Args:
+    step: the step. Registering a name again is allowed from the same module
+      (a notebook cell that is run again).
+
+  Returns:
+    the step.
+
+  Raises:
+    ValueError: if another module registered the name.
+  """
+  before = _STEPS.get(step.name)
+  if before and before.update.__module__ != step.update.__module__:
+    raise ValueError(
+        f"a step named {step.name!r} is already registered by "
+        f"{before.update.__module__}; choose another name"
+    )
+  _STEPS[step.name] = step
+  return step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Transform:
+  """A step with its numbers, or a chain of several. See `chain`.
+
+  Attributes:
+    numbers: a dict of numbers or arrays for each stage: the pytree's leaves.
+    stages: `(step, options)` for each stage; static.
+  """
+
+  numbers: tuple[dict[str, Any], ...]
+  stages: tuple[tuple[Step, Options], ...] = dataclasses.field(
+      metadata={"static": True}
+  )
+
+  @property
+  def spec(self) -> tuple[Any, ...]:
+    """Names and options, hashable; the numbers are not in it.
+
+    Example:
+      >>> import patchjax as pj
+      >>> pj.trim(density=0.2).spec
+      ('trim', (('exact_k', False), ('scope', 'tree')))
+    """
+    specs = tuple((step.name, options) for step, options in self.stages)
+    return specs[0] if len(specs) == 1 else ("chain", specs)
+
+  @property
+  def reducing(self) -> bool:
+    """Whether k deltas become one."""
+    return any(step.reducing for step, _ in self.stages)
+
+  def init(self, params: Any) -> tuple[Any, ...]:
+    """Returns the state of each stage: its numbers, as float32 arrays.
+
+    Args:
+      params: pytree of arrays or `jax.ShapeDtypeStruct`; only its names,
+        shapes and dtypes matter.
+
+    Example:
+      >>> import patchjax as pj
+      >>> pj.merging.scale(2.0).init({"w": 0.0})
+      ({'scale': Array(2., dtype=float32)},)
+    """
+    from patchjax.trees import names
+
+    shapes = {
+        name: jax.eval_shape(jnp.asarray, leaf)
+        for name, leaf in names.named_leaves(params).items()
+    }
+    state = initial_state(self, shapes)
+    return jax.tree.map(_as_array, state)
+
+  def __repr__(self) -> str:
+    parts = []
+    for (step, options), numbers in zip(
+        self.stages, self.numbers, strict=True
+    ):
+      args = [f"{k}={v}" for k, v in numbers.items()]
+      args += [f"{k}={v!r}" for k, v in options]
+      parts.append(f"{step.name}({', '.join(args)})")
+    return parts[0] if len(parts) == 1 else f"chain({', '.join(parts)})"
+
+
+def _as_array(x: Any) -> Array:
+  if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jnp.number):
+    return x  # a PRNG key
+  return jnp.asarray(x, jnp.float32)
+
+
+def transform(step: Step, numbers: Mapping[str, Any], **options) -> Transform:
+  """Returns a transform of one step.
+
+  Args:
+    step: the step.
+    numbers: traced arguments; those that are None are left out.
+    **options: static arguments, hashable.
+  """
+  given = {k: v for k, v in numbers.items() if v is not None}
+  return Transform((given,), ((step, tuple(sorted(options.items()))),))
+
+
+def chain(*transforms: Transform) -> Transform:
+  """Returns the transform that applies several, first to last.
+
+  Args:
+    *transforms: transforms, themselves chains or not.
+
+  Raises:
+    ValueError: if more than one step reduces k deltas to one.
+
+  Example:
+    >>> import patchjax as pj
+    >>> pj.chain(pj.trim(density=0.2), pj.merging.mean())
+    chain(trim(density=0.2, exact_k=False, scope='tree'), mean())
+  """
+  stages = tuple(stage for t in transforms for stage in t.stages)
+  if not stages:
+    raise ValueError("chain: at least one transform is needed")
+  reducing = [step.name for step, _ in stages if step.reducing]
+  if len(reducing) > 1:
+    raise ValueError(
+        "chain: at most one reducing step is allowed, got "
+        f"{len(reducing)}: {', '.join(reducing)}"
+    )
+  numbers = tuple(numbers for t in transforms for numbers in t.numbers)
+  return Transform(numbers, stages)
+
+
+def from_spec(spec: Sequence[Any], numbers: Any) -> Transform:
+  """Returns the transform that a spec and numbers describe.
+
+  Args:
+    spec: as given by `Transform.spec`; lists (from JSON) do for tuples.
+    numbers: `Transform.numbers`: a dict for each stage.
+
+  Raises:
+    FormatError: if a step is unknown or the numbers do not fit.
+
+  Example:
+    >>> import patchjax as pj
+    >>> t = pj.chain(pj.trim(density=0.2), pj.merging.mean())
+    >>> pj.from_spec(t.spec, t.numbers) == t
+    True
+  """
+  name, options = spec
+  specs = options if name == "chain" else (spec,)
+  if isinstance(numbers, Mapping):
+    numbers = (numbers,)
+  if len(specs) != len(numbers):
+    raise FormatError(
+        f"a spec of {len(specs)} steps needs as many dicts of numbers, got "
+        f"{len(numbers)}"
+    )
+  stages = []
+  for name, options in specs:
+    if name not in _STEPS:
+      raise FormatError(
+          f"unknown step {name!r}; known are {', '.join(sorted(_STEPS))}. "
+          "Import the module that defines it (register_step) first"
+      )
+    stages.append((_STEPS[name], tuple((k, _frozen(v)) for k, v in options)))
+  return chain(*(
+      Transform((dict(n),), (stage,))
+      for n, stage in zip(numbers, stages, strict=True)
+  ))
+
+
+def _frozen(value: Any) -> Hashable:
+  return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def initial_state(method: Transform, shapes: Mapping[str, Any]) -> tuple:
+  """Returns each stage's state, numbers as they were given.
+
+  Args:
+    method: the transform.
+    shapes: `{name: ShapeDtypeStruct}` of the leaves.
+  """
+  return tuple(
+      step.init(numbers, shapes, **dict(options)) if step.init else numbers
+      for (step, options), numbers in zip(
+          method.stages, method.numbers, strict=True
+      )
+  )
+
+
+def scope_of(step: Step, options: Options) -> str:
+  """Returns what a step counts over: "tree", "leaf", or "none"."""
+  if step.reduce is None:
+    return "none"
+  return step.scope(**dict(options)) if step.scope else "tree"
+
+
+def per_contributor(value: Any, k: int) -> tuple[Array, ...]:
+  """Returns a number for each of k contributors: a scalar broadcasts.
+
+  Args:
+    value: a number, or k of them.
+    k: how many contributors there are.
+
+  Raises:
+    SelectionError: if there are neither one nor k numbers.
+  """
+  shape = jnp.shape(value)
+  if shape == ():
+    return (value,) * k
+  if shape != (k,):
+    raise SelectionError(
+        f"expected one number or {k} (one a contributor), got shape {shape}"
+    )
+  return tuple(value[i] for i in range(k))
+
+
+# ---------------------------------------------------------------------------
+# Running the stages on one leaf: traceable, shared by every runner.
+
+
+def run_prefix(
+    method: Transform,
+    count: int,
+    leaf: placement.Leaf,
+    deltas: tuple[Array, ...],
+    base: Array,
+    state: Sequence[Any],
+    shared: Sequence[Any],
+) -> Any:
+  """Returns a leaf's deltas after the first `count` stages.
+
+  Args:
+    method: the transform (its numbers are not used: the state holds them).
+    count: how many stages to run.
+    leaf: where the leaf is.
+    deltas: the k deltas before the first stage.
+    base: the base's leaf, or None.
+    state: of each stage.
+    shared: last carry of each counting stage among the first `count`.
+
+  Returns:
+    a tuple of arrays or codes.
+  """
+  for (step, options), state_, shared_ in list(
+      zip(method.stages, state, shared, strict=True)
+  )[:count]:
+    deltas = tuple(d if hasattr(d, "at") else d.dense() for d in deltas)
+    out = step.update(leaf, deltas, base, state_, shared_, **dict(options))
+    deltas = out if isinstance(out, tuple) else (out,)
+  return deltas

@@ -1,0 +1,114 @@
+"""trim: keep the entries of largest magnitude, zero the others.
+
+Used by encodings (sparse patches) and by merges (TIES).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax import lax
+import math
+
+from patchjax.patches import selection, transform
+
+
+def trim(
+    *,
+    density: Any,
+    scope: Literal["tree", "leaf"] = "tree",
+    exact_k: bool = False,
+) -> transform.Transform:
+  """Returns the transform that keeps a share of the entries, by magnitude.
+
+  Of n entries those at least as large as the k-th largest are kept,
+  `k = floor(density * n)`. (The TIES paper's own code keeps one more: it takes
+  the k-th smallest for `k = n - int(density * n)` as the threshold.)
+
+  Args:
+    density: share that is kept, in (0, 1]; one number, or one a contributor.
+      Traced: it may change without a new compilation, and be mapped over;
+      a derivative with respect to it is refused.
+    scope: "tree": one threshold over all leaves of a contributor, as in the
+      TIES paper's code; "leaf": one for each leaf, as in mergekit.
+    exact_k: whether exactly k entries are kept: ties at the threshold go to
+      the leaf that comes first by name, then to the lowest index. By default
+      all entries that tie are kept.
+
+  Raises:
+    SelectionError: if the density is outside (0, 1].
+
+  Example:
+    >>> import numpy as np, patchjax as pj
+    >>> patch = pj.diff({"w": np.zeros(4, np.float32)},
+    ...                 {"w": np.float32([1, -4, 3, 2])})
+    >>> small = pj.compress(patch, pj.trim(density=0.5), code="dense")
+    >>> small.deltas["w"].code.values.tolist()
+    [0.0, -4.0, 3.0, 0.0]
+  """
+  if scope not in ("tree", "leaf"):
+    raise ValueError(f"scope must be 'tree' or 'leaf', got {scope!r}")
+  if isinstance(density, int | float):
+    selection.check_density(density)
+  return transform.transform(
+      TRIM, {"density": density}, scope=scope, exact_k=exact_k
+  )
+
+
+def _start(state, shapes, k, *, scope, exact_k):
+  del scope
+  size = sum(math.prod(shape) for shape in shapes)
+  widths = selection.key_widths(shapes) if exact_k else (31,)
+  densities = transform.per_contributor(state["density"], k)
+  return tuple(
+      selection.search(selection.entries_of(density, size), widths)
+      for density in densities
+  )
+
+
+def _reduce(leaf, deltas, state, searches, *, scope, exact_k):
+  del state, scope, exact_k
+  return jnp.stack([
+      selection.count_keys(_magnitudes(delta), leaf, search)
+      for delta, search in zip(deltas, searches, strict=True)
+  ])
+
+
+def _finish(total, searches, *, scope, exact_k):
+  del scope, exact_k
+  searches = tuple(
+      selection.narrow(count, search)
+      for count, search in zip(total, searches, strict=True)
+  )
+  return searches, jnp.stack([search.done for search in searches]).all()
+
+
+def _update(leaf, deltas, base, state, searches, *, scope, exact_k):
+  del base, state, scope, exact_k
+  return tuple(
+      jnp.where(
+          selection.keep(_magnitudes(delta), leaf, search),
+          delta,
+          jnp.zeros_like(delta),
+      )
+      for delta, search in zip(deltas, searches, strict=True)
+  )
+
+
+def _magnitudes(delta):
+  # 64-bit deltas are ranked as float32: rounding keeps the order, and what
+  # it makes equal is kept together.
+  return lax.stop_gradient(delta).astype(jnp.float32)
+
+
+TRIM = transform.register_step(
+    transform.Step(
+        name="trim",
+        update=_update,
+        start=_start,
+        reduce=_reduce,
+        finish=_finish,
+        scope=lambda *, scope, exact_k: scope,
+    )
+)
