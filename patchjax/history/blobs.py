@@ -1,0 +1,120 @@
+"""Blobs: small payloads in one immutable value.
+
+A checkpoint folder costs some twenty files and fifty milliseconds; a commit
+that changes a bias should not. A blob is a line of magic, the length of a JSON
+header, the header and the bytes of its arrays, under the SHA-256 of it all:
+
+    patchjax blob 1\\n | length: 8 bytes, little-endian | header | arrays
+
+The header has the index of the blob's leaves and, per array, dtype, shape,
+codec (`raw` or `zlib`) and the extent of its bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from patchjax.trees.digest import canonical_json
+from patchjax.trees.errors import IntegrityError
+
+MAGIC = b"patchjax blob 1\n"
+
+LARGEST = 64 * 1024
+"""Bytes up to which arrays go into a blob."""
+
+_TRY = 32 * LARGEST  # raw bytes beyond which compression is not even tried
+
+
+def pack(
+    arrays: Mapping[str, np.ndarray], index: dict[str, Any]
+) -> bytes | None:
+  """Returns the blob of some arrays, or None if they are too large for one.
+
+  Args:
+    arrays: `{key: array}`, of dtypes that `encodings` stores.
+    index: the index of the leaves, as `index.py` writes it.
+  """
+  if sum(array.nbytes for array in arrays.values()) > _TRY:
+    return None
+  extents: dict[str, Any] = {}
+  parts: list[bytes] = []
+  size = 0
+  for key, array in arrays.items():
+    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).tobytes()
+    # zlib, not zstd: in Python's own library, and fast enough at this size.
+    small = zlib.compress(raw, 1)
+    codec, data = ("zlib", small) if len(small) < len(raw) else ("raw", raw)
+    extents[key] = {
+        "codec": codec,
+        "dtype": array.dtype.name,
+        "shape": list(array.shape),
+        "start": size,
+        "stop": size + len(data),
+    }
+    size += len(data)
+    if size > LARGEST:
+      return None
+    parts.append(data)
+  header = canonical_json({"arrays": extents, "index": index})
+  return b"".join([MAGIC, len(header).to_bytes(8, "little"), header, *parts])
+
+
+def name_of(data: bytes) -> str:
+  """Returns the name of a blob: the digest of its bytes.
+
+  Args:
+    data: the blob.
+  """
+  return hashlib.sha256(data).hexdigest()
+
+
+def read_header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
+  """Returns the header of a blob and where its arrays start.
+
+  Args:
+    data: the blob.
+    name: its digest.
+
+  Raises:
+    IntegrityError: if the bytes are not what the digest says.
+  """
+  found = name_of(data)
+  if found != name or not data.startswith(MAGIC):
+    raise IntegrityError(f"blob {name} is damaged: found the digest {found}")
+  start = len(MAGIC) + 8
+  length = int.from_bytes(data[len(MAGIC) : start], "little")
+  return json.loads(data[start : start + length]), start + length
+
+
+def unpack(
+    data: bytes, name: str, keys: Iterable[str]
+) -> dict[str, np.ndarray]:
+  """Returns some arrays of a blob.
+
+  Args:
+    data: the blob.
+    name: its digest.
+    keys: which arrays.
+
+  Raises:
+    IntegrityError: if the bytes are not what the digest says.
+  """
+  from patchjax.trees.dtypes import KINDS
+
+  header, start = read_header(data, name)
+  arrays = {}
+  for key in keys:
+    item = header["arrays"][key]
+    raw = data[start + item["start"] : start + item["stop"]]
+    if item["codec"] == "zlib":
+      raw = zlib.decompress(raw)
+    # A bytearray: what users get must be writable, as from a checkpoint.
+    flat = np.frombuffer(bytearray(raw), KINDS[item["dtype"]].dtype)
+    arrays[key] = flat.reshape(item["shape"])
+  return arrays

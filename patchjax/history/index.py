@@ -1,0 +1,242 @@
+"""Where the bits of a leaf are: indices of payloads, combined in a cache.
+
+Each payload and each blob has an immutable index: leaf digest -> key,
+encoding, base digest, depth of the chain of differences. The combined index
+is an SQLite file under `cache/`, brought up to date by listing the two
+folders. It can be deleted at any time, and is, if it is damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from patchjax.history import blobs
+from patchjax.history.files import Files
+from patchjax.trees.digest import canonical_json
+from patchjax.trees.errors import IntegrityError
+
+INDEX = "index.json"
+_CACHE = "cache/index.sqlite"
+_TABLES = """
+create table if not exists packs (pack text primary key) without rowid;
+create table if not exists locations (
+  digest text, pack text, key text, encoding text, base text, depth integer,
+  primary key (digest, pack)
+) without rowid;
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+  """One place where a leaf is stored.
+
+  Attributes:
+    digest: digest of the leaf.
+    pack: `payloads/<uuid>` or `blobs/<digest>`.
+    key: name of the array in it.
+    encoding: see `encodings`.
+    base: digest of the leaf it is a difference to; None if it is whole.
+    depth: number of differences down to a whole leaf.
+  """
+
+  digest: str
+  pack: str
+  key: str
+  encoding: str
+  base: str | None
+  depth: int
+
+
+def spell(locations: Iterable[Location]) -> dict[str, Any]:
+  """Returns the entries of an index file.
+
+  Args:
+    locations: the leaves of one payload or blob.
+  """
+  return {
+      loc.digest: {
+          "base": loc.base,
+          "depth": loc.depth,
+          "encoding": loc.encoding,
+          "key": loc.key,
+      }
+      for loc in locations
+  }
+
+
+def write(files: Files, pack: str, entries: Mapping[str, Any]) -> None:
+  """Writes the index of a payload, which makes the payload exist.
+
+  Args:
+    files: files of the repository.
+    pack: `payloads/<uuid>`.
+    entries: see `spell`.
+  """
+  spelled = canonical_json(entries)
+  checksum = hashlib.sha256(spelled).hexdigest()
+  document = {"checksum": checksum, "entries": entries, "version": 1}
+  files.write(f"{pack}/{INDEX}", canonical_json(document))
+
+
+def read(files: Files, pack: str) -> list[Location]:
+  """Returns what the index of a payload or blob says.
+
+  Args:
+    files: files of the repository.
+    pack: `payloads/<uuid>` or `blobs/<digest>`.
+
+  Raises:
+    IntegrityError: if it is damaged.
+    FileNotFoundError: if there is none.
+  """
+  folder, name = pack.split("/")
+  if folder == "blobs":
+    entries = blobs.read_header(files.read(pack), name)[0]["index"]
+  else:
+    data = files.read(f"{pack}/{INDEX}")
+    try:
+      document = json.loads(data)
+      version, entries = document["version"], document["entries"]
+      checksum = document["checksum"]
+    except (ValueError, TypeError, KeyError) as error:
+      raise IntegrityError(f"index of {pack} is damaged: {error}") from error
+    if version != 1:
+      raise IntegrityError(
+          f"index of {pack}: expected version 1, found {version!r}; it was "
+          "written by a newer patchjax: upgrade"
+      )
+    found = hashlib.sha256(canonical_json(entries)).hexdigest()
+    if checksum != found:
+      raise IntegrityError(
+          f"index of {pack} is damaged: expected the digest {checksum}, found "
+          f"{found}"
+      )
+  return [Location(digest=d, pack=pack, **item) for d, item in entries.items()]
+
+
+class Index:
+  """The combined index of a repository.
+
+  Attributes:
+    files: files of the repository.
+    damaged: `{pack: why}` of the packs whose index cannot be read.
+  """
+
+  def __init__(self, files: Files):
+    self.files = files
+    self.damaged: dict[str, str] = {}
+    self._memory: sqlite3.Connection | None = None
+
+  def packs(self) -> list[str]:
+    """Returns every payload (with an index) and every blob."""
+    payloads = [
+        f"payloads/{name}"
+        for name in self.files.names("payloads")
+        if self.files.exists(f"payloads/{name}/{INDEX}")
+    ]
+    return payloads + [f"blobs/{name}" for name in self.files.names("blobs")]
+
+  def find(self, digests: Iterable[str]) -> dict[str, list[Location]]:
+    """Returns where leaves are stored, shortest chains first.
+
+    Knows what was there at the last `refresh`.
+
+    Args:
+      digests: digests of leaves.
+
+    Returns:
+      `{digest: locations}`; an empty list for what is not stored.
+    """
+    with self._database() as database:
+      return {
+          digest: [
+              Location(*row)
+              for row in database.execute(
+                  "select digest, pack, key, encoding, base, depth from"
+                  " locations where digest = ? order by depth, pack",
+                  (digest,),
+              )
+          ]
+          for digest in digests
+      }
+
+  def forget(self) -> None:
+    """Deletes the cache: the next search reads every index again."""
+    self._memory = None
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(self.files.path(_CACHE))
+
+  def refresh(self) -> None:
+    """Reads the indices that appeared since the last time."""
+    try:
+      with self._database() as database:
+        self._refresh(database)
+    except sqlite3.DatabaseError:
+      # A damaged cache is no loss.
+      self.forget()
+      with self._database() as database:
+        self._refresh(database)
+
+  @contextlib.contextmanager
+  def _database(self) -> Iterator[sqlite3.Connection]:
+    database = self._open()
+    try:
+      yield database
+    finally:
+      if database is not self._memory:
+        database.close()
+
+  def _open(self) -> sqlite3.Connection:
+    if self._memory is not None:
+      return self._memory
+    try:
+      os.makedirs(self.files.path("cache"), exist_ok=True)
+      database = sqlite3.connect(self.files.path(_CACHE), timeout=30)
+      # A cache may vanish with the power; it survives the end of a process.
+      database.execute("pragma synchronous = off")
+      database.executescript(_TABLES)
+    except (OSError, sqlite3.OperationalError):
+      # A repository on a read-only or full disk can still be read.
+      database = self._memory = sqlite3.connect(
+          ":memory:", check_same_thread=False
+      )
+      database.executescript(_TABLES)
+    return database
+
+  def _refresh(self, database: sqlite3.Connection) -> None:
+    known = {pack for (pack,) in database.execute("select pack from packs")}
+    present = set(self.packs())
+    self.damaged.clear()
+    found: list[Location] = []
+    new = []
+    for pack in sorted(present - known):
+      try:
+        found += read(self.files, pack)
+        new.append(pack)
+      except IntegrityError as error:
+        self.damaged[pack] = str(error)
+      except FileNotFoundError:
+        continue  # removed since it was listed
+    gone = [(pack,) for pack in known - present]
+    if not (new or gone):
+      return
+    with database:
+      database.executemany("delete from locations where pack = ?", gone)
+      database.executemany("delete from packs where pack = ?", gone)
+      database.executemany(
+          "insert or replace into locations values (?, ?, ?, ?, ?, ?)",
+          [
+              (loc.digest, loc.pack, loc.key, loc.encoding, loc.base, loc.depth)
+              for loc in found
+          ],
+      )
+      database.executemany(
+          "insert or replace into packs values (?)", [(pack,) for pack in new]
+      )

@@ -1,0 +1,261 @@
+"""Objects: immutable JSON under the SHA-256 of its bytes.
+
+A commit names a tree, its parents and its provenance; a tree names digests
+and subtrees, so that equal folders of two versions are one object, as in git;
+a note attaches a fact (a verdict, a release) to a commit. Patch files that
+were submitted lie among them byte for byte. Objects say what a value *is*;
+where its bits lie is the business of payload indices, so that repacking never
+changes an id.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from patchjax.trees.errors import IntegrityError
+
+if TYPE_CHECKING:
+  from patchjax.history.files import Files
+  from patchjax.trees.digest import Entry
+
+
+@dataclasses.dataclass(frozen=True)
+class Commit:
+  """One version of a value, and how it came about.
+
+  Attributes:
+    id: hex digest of the commit object.
+    tree: id of the value: names, dtypes, shapes and bits.
+    parents: ids of the commits it was made from; more than one for a merge.
+    message: what was done.
+    author: by whom.
+    time: when, in ISO 8601 with time zone.
+    recipe: how a merge was computed; None otherwise.
+    patch: id of the patch file that was submitted; None otherwise.
+  """
+
+  id: str
+  tree: str
+  parents: tuple[str, ...]
+  message: str
+  author: str
+  time: str
+  recipe: dict[str, Any] | None = None
+  patch: str | None = None
+
+  @property
+  def when(self) -> datetime.datetime:
+    """The time as a datetime."""
+    return datetime.datetime.fromisoformat(self.time)
+
+  @property
+  def title(self) -> str:
+    """First line of the message."""
+    return self.message.partition("\n")[0]
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the commit as a JSON-able dict, its id included."""
+    return {**dataclasses.asdict(self), "parents": list(self.parents)}
+
+
+def commit_bytes(
+    *,
+    tree: str,
+    parents: tuple[str, ...],
+    message: str,
+    author: str,
+    time: str,
+    recipe: dict[str, Any] | None,
+    patch: str | None,
+) -> bytes:
+  """Returns the bytes of a commit object; arguments as in `Commit`."""
+  from patchjax.trees.digest import canonical_json
+
+  spelled: dict[str, Any] = {
+      "type": "commit",
+      "tree": tree,
+      "parents": list(parents),
+      "message": message,
+      "author": author,
+      "time": time,
+  }
+  # Absent rather than null: an id does not depend on features unused.
+  if recipe is not None:
+    spelled["recipe"] = recipe
+  if patch is not None:
+    spelled["patch"] = patch
+  return canonical_json(spelled)
+
+
+def is_id(text: str) -> bool:
+  """Returns whether a text has the form of an object id.
+
+  Args:
+    text: any text.
+
+  Example:
+    >>> is_id("ab" * 32), is_id("main")
+    (True, False)
+  """
+  return len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
+def key_of(name: str) -> str:
+  """Returns the key of the file of an object.
+
+  Args:
+    name: id of the object.
+
+  Example:
+    >>> key_of("ab" * 32)[:12]
+    'objects/ab/a'
+  """
+  return f"objects/{name[:2]}/{name[2:]}"
+
+
+class Objects:
+  """The objects of a repository. Every read is verified.
+
+  Attributes:
+    files: where they lie.
+  """
+
+  def __init__(self, files: Files):
+    self.files = files
+    self._commits: dict[str, Commit] = {}
+
+  def write(self, data: bytes) -> str:
+    """Stores bytes and returns their id; stored once, however often asked.
+
+    Args:
+      data: the bytes.
+    """
+    name = hashlib.sha256(data).hexdigest()
+    if not self.files.exists(key_of(name)):
+      self.files.write(key_of(name), data)
+    return name
+
+  def read(self, name: str) -> bytes:
+    """Returns the bytes of an object.
+
+    Args:
+      name: its id.
+
+    Raises:
+      IntegrityError: if it is missing, or is not what its id says.
+    """
+    path = self.files.path(key_of(name))
+    try:
+      data = self.files.read(key_of(name))
+    except FileNotFoundError as error:
+      raise IntegrityError(
+          f"object {name} is missing: expected the file {path}; "
+          "copy it from another copy of the repository, or commit the same "
+          "value again"
+      ) from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != name:
+      raise IntegrityError(
+          f"object {name} is damaged: the bytes of {path} have the digest "
+          f"{found}; remove the file, then copy it from another copy of the "
+          "repository, or commit the same value again"
+      )
+    return data
+
+  def _read_json(self, name: str, kind: str) -> dict[str, Any]:
+    data = self.read(name)
+    try:
+      spelled = json.loads(data)
+      found = spelled["type"]
+    except (ValueError, TypeError, KeyError) as error:
+      raise IntegrityError(f"object {name} is no {kind}") from error
+    if found != kind:
+      raise IntegrityError(
+          f"object {name}: expected a {kind}, found a {found}"
+      )
+    return spelled
+
+  def commit(self, name: str) -> Commit:
+    """Returns a commit.
+
+    Args:
+      name: its id.
+
+    Raises:
+      IntegrityError: if it is missing, damaged, or no commit.
+    """
+    if name not in self._commits:
+      spelled = self._read_json(name, "commit")
+      del spelled["type"]
+      spelled["parents"] = tuple(spelled["parents"])
+      self._commits[name] = Commit(id=name, **spelled)
+    return self._commits[name]
+
+  def note(self, name: str) -> dict[str, Any]:
+    """Returns a note; see `notes`.
+
+    Args:
+      name: its id.
+    """
+    return self._read_json(name, "note")
+
+  def folder(self, name: str) -> dict[str, Entry | str]:
+    """Returns what a tree object holds itself.
+
+    Args:
+      name: id of the tree.
+
+    Returns:
+      `{part: entry of a leaf, or id of a subtree}`.
+
+    Raises:
+      IntegrityError: if it is missing or damaged.
+    """
+    from patchjax.trees.digest import Entry
+
+    return {
+        part: item["tree"]
+        if "tree" in item
+        else Entry(item["digest"], item["dtype"], tuple(item["shape"]))
+        for part, item in self._read_json(name, "tree")["entries"].items()
+    }
+
+  def tree(self, name: str) -> dict[str, Entry]:
+    """Returns the leaves of a tree by text name, in the order of the names.
+
+    Args:
+      name: id of the tree.
+
+    Raises:
+      IntegrityError: if it or a subtree is missing or damaged.
+    """
+    from patchjax.trees.names import join
+
+    leaves: dict[str, Entry] = {}
+
+    def visit(name: str, parents: tuple[str, ...]) -> None:
+      for part, item in self.folder(name).items():
+        if isinstance(item, str):
+          visit(item, (*parents, part))
+        else:
+          leaves[join((*parents, part))] = item
+
+    visit(name, ())
+    return leaves
+
+  def with_prefix(self, prefix: str) -> list[str]:
+    """Returns the ids of the objects that start with a prefix.
+
+    Args:
+      prefix: at least two hex digits.
+    """
+    folder = f"objects/{prefix[:2]}"
+    return [
+        prefix[:2] + name
+        for name in self.files.names(folder)
+        if name.startswith(prefix[2:])
+    ]

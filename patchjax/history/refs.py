@@ -1,0 +1,170 @@
+"""Refs: the only mutable truth of a repository, one commit id each.
+
+`refs/heads/<branch>`, `refs/tags/<tag>`, and `refs/notes/<commit>` with the
+latest note of a commit. A ref moves by compare-and-swap only.
+"""
+
+from __future__ import annotations
+
+import re
+
+from patchjax.history.files import Files
+from patchjax.history.objects import Objects, is_id
+from patchjax.trees.errors import (
+    ConflictError,
+    IntegrityError,
+    RefNotFoundError,
+    RepositoryError,
+)
+
+HEADS = "refs/heads"
+TAGS = "refs/tags"
+NOTES = "refs/notes"
+
+_NOUN = {HEADS: "branch", TAGS: "tag", NOTES: "note of commit"}
+_BAD_NAME = re.compile(
+    r"^$|^[-/.]|[/.]$|//|\.\.|/\.|@\{|^@$|[\x00-\x20\x7f~^:?*\[\\]|\.lock$"
+    r"|\.__lock$|\.orbax-checkpoint-tmp"
+)
+
+
+def check_name(name: str) -> None:
+  """Refuses names that no ref can have (git's rules).
+
+  Args:
+    name: name of a branch or tag.
+
+  Raises:
+    RepositoryError: if it is not a name.
+
+  Example:
+    >>> check_name("ducksville/fix-1")
+  """
+  if _BAD_NAME.search(name) or len(name.encode()) > 200:
+    raise RepositoryError(
+        f"{name!r} cannot name a branch or tag: expected a text without "
+        "spaces, '..', '~', '^', ':', '?', '*', '[', '\\', that neither "
+        "starts with '-' or '.' nor starts or ends with '/' or '.'"
+    )
+
+
+class Refs:
+  """The refs of a repository.
+
+  Attributes:
+    files: where they lie.
+  """
+
+  def __init__(self, files: Files, objects: Objects):
+    self.files = files
+    self._objects = objects
+
+  def get(self, space: str, name: str) -> str | None:
+    """Returns the id that a ref holds, or None if there is no such ref.
+
+    Args:
+      space: `HEADS`, `TAGS` or `NOTES`.
+      name: name within the space.
+
+    Raises:
+      IntegrityError: if the file does not hold an id.
+    """
+    try:
+      data = self.files.read(f"{space}/{name}")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+      return None
+    text = data.decode("ascii", "replace")
+    if not (is_id(text[:-1]) and text.endswith("\n")):
+      path = self.files.path(f"{space}/{name}")
+      raise IntegrityError(
+          f"{_NOUN[space]} {name!r} is damaged: expected 64 hex digits and a "
+          f"newline in {path}, found {data[:80]!r}; write the id of its last "
+          "commit into the file (fsck lists commits without a branch)"
+      )
+    return text[:-1]
+
+  def names(self, space: str) -> list[str]:
+    """Returns the sorted names of a space.
+
+    Args:
+      space: `HEADS`, `TAGS` or `NOTES`.
+    """
+    return [key[len(space) + 1 :] for key in self.files.walk(space)]
+
+  def all(self, space: str) -> dict[str, str]:
+    """Returns `{name: id}` of a space.
+
+    Args:
+      space: `HEADS`, `TAGS` or `NOTES`.
+    """
+    # A ref may vanish between listing and reading: refs can be removed.
+    found = {name: self.get(space, name) for name in self.names(space)}
+    return {name: id_ for name, id_ in found.items() if id_ is not None}
+
+  def move(self, space: str, name: str, *, old: str | None, new: str) -> None:
+    """Moves a ref if it still holds what the caller has seen.
+
+    Args:
+      space: `HEADS`, `TAGS` or `NOTES`.
+      name: name within the space.
+      old: the id it must hold; None if it must not exist.
+      new: the id it shall hold; its object must be stored already.
+
+    Raises:
+      ConflictError: if it holds another id by now.
+    """
+    if space != NOTES:
+      check_name(name)
+    if old is None:
+      self._check_folders(space, name)
+    swapped = self.files.swap(
+        f"{space}/{name}",
+        old=None if old is None else f"{old}\n".encode(),
+        new=f"{new}\n".encode(),
+    )
+    if not swapped:
+      raise ConflictError(self._conflict(space, name, old))
+
+  def _check_folders(self, space: str, name: str) -> None:
+    # Refs are files: `a` and `a/b` cannot both exist.
+    for other in self.names(space):
+      if other.startswith(f"{name}/") or name.startswith(f"{other}/"):
+        raise RepositoryError(
+            f"{_NOUN[space]} {name!r} cannot exist beside {other!r}: "
+            "one name is a folder of the other; choose another name"
+        )
+
+  def _conflict(self, space: str, name: str, old: str | None) -> str:
+    now = self.get(space, name)
+    noun = _NOUN[space]
+    if now is None:
+      return f"{noun} {name!r} does not exist any more; expected it at {old}"
+    who = ""
+    if space != NOTES:
+      commit = self._objects.commit(now)
+      who = f" ({commit.author}, {commit.time}: {commit.title})"
+    if old is None:
+      return f"{noun} {name!r} exists already, at {now[:12]}{who}"
+    return (
+        f"{noun} {name!r} moved in the meantime: expected it at {old[:12]}, "
+        f"found it at {now[:12]}{who}; nothing was lost: look at the new "
+        "tip, then commit again on top of it, or merge"
+    )
+
+  def must(self, space: str, name: str) -> str:
+    """Returns the id that a ref holds.
+
+    Args:
+      space: `HEADS`, `TAGS` or `NOTES`.
+      name: name within the space.
+
+    Raises:
+      RefNotFoundError: if there is no such ref; names those there are.
+    """
+    found = self.get(space, name)
+    if found is None:
+      known = ", ".join(self.names(space)) or "none"
+      raise RefNotFoundError(
+          f"there is no {_NOUN[space]} {name!r}; found: {known}"
+      )
+    return found

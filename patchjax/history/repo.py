@@ -1,0 +1,516 @@
+"""Repo: the history of a value, in one folder.
+
+    patchjax.json             what this folder is, and the version of its format
+    refs/heads, refs/tags     one commit id each; refs/notes: the latest note
+    objects/ab/cdef...        immutable: commits, trees, notes, patch files
+    payloads/<uuid>/          plain Orbax checkpoints with their leaf index
+    blobs/<sha256>            small payloads in one file
+    cache/                    rebuilt at need; may be deleted
+
+A commit writes its arrays, then its objects, then moves the ref: whenever the
+process dies, every ref names a version that is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from patchjax.history import graph, layout, notes
+from patchjax.history.files import Files
+from patchjax.history.objects import Commit, Objects, commit_bytes
+from patchjax.history.refs import HEADS, TAGS, Refs
+from patchjax.trees.errors import (
+    ConflictError,
+    RefNotFoundError,
+    RepositoryError,
+)
+
+if TYPE_CHECKING:
+  from patchjax.history.differences import TreeDiff
+  from patchjax.history.fsck import FsckReport
+  from patchjax.history.index import Index
+  from patchjax.history.reading import LeafReader
+  from patchjax.history.writing import LeafWriter
+  from patchjax.patches import Patch
+  from patchjax.trees.digest import Entry
+
+# Modules that touch arrays are imported by the methods that need them: `log`
+# and `branches` start without jax, Orbax and TensorStore.
+
+
+class Repo:
+  """A repository of model weights.
+
+  A reference (`ref`) is a branch, a tag, a commit id or a unique prefix of one
+  (at least 4 digits), followed by any number of `~n` (n first parents back)
+  and `^n` (the n-th parent).
+
+  Attributes:
+    path: absolute path of its folder.
+
+  Example:
+    >>> import numpy as np
+    >>> with Repo.temporary() as repo:
+    ...   first = repo.commit({"w": np.float32([1, 2])}, message="start")
+    ...   repo.commit({"w": np.float32([1, 3])}, message="train")[:0]
+    ...   [commit.title for commit in repo.log()]
+    ...   repo.checkout("main~1")["w"].tolist()
+    ''
+    ['train', 'start']
+    [1.0, 2.0]
+  """
+
+  def __init__(self, path: str | os.PathLike[str]):
+    """Opens a repository; use `Repo.open` or `Repo.init`."""
+    self.path = layout.local(path)
+    self.files = Files(self.path)
+    layout.check(self.files)
+    self.objects = Objects(self.files)
+    self.refs = Refs(self.files, self.objects)
+
+  @classmethod
+  def init(cls, path: str | os.PathLike[str]) -> Repo:
+    """Creates a repository, or opens the one that is there.
+
+    Args:
+      path: an empty or new folder, or a repository.
+
+    Raises:
+      RepositoryError: if the folder holds something else.
+      OSError: if it cannot be written.
+
+    Example:
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...   Repo.init(folder).branches()
+      {}
+    """
+    layout.create(Files(layout.local(path)))
+    return cls(path)
+
+  @classmethod
+  def open(cls, path: str | os.PathLike[str] = ".") -> Repo:
+    """Opens a repository.
+
+    Args:
+      path: its folder.
+
+    Raises:
+      NotARepositoryError: if it is none.
+      FormatError: if it was written by a newer version.
+    """
+    return cls(path)
+
+  @classmethod
+  @contextlib.contextmanager
+  def temporary(cls) -> Iterator[Repo]:
+    """Yields a repository that is deleted at the end, for tests and notebooks.
+
+    Example:
+      >>> with Repo.temporary() as repo:
+      ...   repo.tags()
+      {}
+    """
+    with tempfile.TemporaryDirectory(prefix="patchjax-") as folder:
+      yield cls.init(os.path.join(folder, "repo"))
+
+  def __repr__(self) -> str:
+    return f"Repo({self.path!r})"
+
+  @functools.cached_property
+  def _index(self) -> Index:
+    from patchjax.history.index import Index
+
+    return Index(self.files)
+
+  @functools.cached_property
+  def _reader(self) -> LeafReader:
+    from patchjax.history.reading import LeafReader
+
+    return LeafReader(self.files, self._index)
+
+  @functools.cached_property
+  def _writer(self) -> LeafWriter:
+    from patchjax.history.writing import LeafWriter
+
+    return LeafWriter(self.files, self._index, self._reader)
+
+  def commit(
+      self,
+      value: Any,
+      *,
+      message: str,
+      branch: str = "main",
+      author: str | None = None,
+      time: datetime.datetime | float | None = None,
+      parents: Sequence[str] | None = None,
+      on: str | None = None,
+      recipe: dict[str, Any] | None = None,
+  ) -> str:
+    """Stores a value as a new version of a branch.
+
+    Only leaves that changed are stored. The first commit of a repository
+    creates its branch; other branches are created by `branch`, or by naming
+    `parents`.
+
+    Args:
+      value: a pytree of arrays of any dtype of JAX (numpy arrays included;
+        what is no array is left out), or a `Patch`, or the path of a patch
+        file. A patch is applied by the pinned evaluation of
+        `patchjax.patches.pinned`, and kept byte for byte beside its result.
+      message: what was done.
+      branch: the branch to move.
+      author: by whom; by default $PATCHJAX_AUTHOR, or user@host.
+      time: when; by default now.
+      parents: refs it was made from; by default the tip of the branch. The
+        branch must still be at the first of them, so a value that was made
+        from an old tip cannot be put on top of somebody else's work.
+      on: for a patch, the ref it was made for; by default the branch's tip.
+        Stands for `parents=[on]`.
+      recipe: JSON-able account of how the value was computed.
+
+    Returns:
+      The commit id.
+
+    Raises:
+      ConflictError: if somebody else moved the branch in the meantime.
+      BaseMismatchError: if the patch was made for another value.
+      StructureError: if the tree is empty or ambiguous.
+      DtypeError: lists every leaf that cannot be stored.
+
+    Example:
+      >>> import numpy as np, patchjax as pj
+      >>> a, b = {"w": np.float32([1, 2])}, {"w": np.float32([1, 4])}
+      >>> with Repo.temporary() as repo:
+      ...   first = repo.commit(a, message="start")
+      ...   second = repo.commit(pj.diff(a, b), message="more", on=first)
+      ...   repo.checkout(second)["w"].tolist()
+      [1.0, 4.0]
+    """
+    from patchjax.history import proposals
+    from patchjax.trees.names import named_leaves
+
+    if on is not None and parents is not None:
+      raise RepositoryError("commit: give `on` or `parents`, not both")
+    ids, expected = self._parents(branch, [on] if on else parents)
+    old = self.tree(ids[0]) if ids else {}
+    patch_id = None
+    if proposals.is_patch(value):
+      named, patch_id = proposals.materialise(self, value, ids, old)
+    else:
+      named = named_leaves(value)
+    return self._commit(
+        named,
+        old,
+        branch=branch,
+        expected=expected,
+        parents=ids,
+        message=message,
+        author=author,
+        time=time,
+        recipe=recipe,
+        patch=patch_id,
+    )
+
+  def _parents(
+      self, branch: str, parents: Sequence[str] | None
+  ) -> tuple[tuple[str, ...], str | None]:
+    """Returns the parents of a new commit, and where the branch must be."""
+    tip = self.refs.get(HEADS, branch)
+    if parents is not None:
+      ids = tuple(self.resolve(parent) for parent in parents)
+      if tip is not None and ids[:1] != (tip,):
+        first = ids[0][:12] if ids else "nothing (a new root)"
+        raise ConflictError(
+            f"branch {branch!r} is at {tip[:12]}, the new commit is to follow "
+            f"{first}; commit to a branch of its own "
+            "(repo.branch(name, at=...)) and merge"
+        )
+      return ids, tip
+    if tip is None and (known := self.refs.names(HEADS)):
+      raise RefNotFoundError(
+          f"there is no branch {branch!r}; found: {', '.join(known)}; create "
+          f"it with repo.branch({branch!r})"
+      )
+    return (() if tip is None else (tip,)), tip
+
+  def _commit(
+      self,
+      named: dict[str, Any],
+      old: dict[str, Entry],
+      *,
+      branch: str,
+      expected: str | None,
+      parents: tuple[str, ...],
+      message: str,
+      author: str | None,
+      time: datetime.datetime | float | None,
+      recipe: dict[str, Any] | None,
+      patch: str | None = None,
+  ) -> str:
+    from patchjax.history.refs import check_name
+    from patchjax.trees.digest import tree_objects
+
+    check_name(branch)
+    # The order matters: what a ref can reach is written before the ref.
+    entries = self._writer.write(named, old)
+    tree, objects = tree_objects(entries)
+    for data in objects.values():
+      self.objects.write(data)
+    commit = self.objects.write(
+        commit_bytes(
+            tree=tree,
+            parents=parents,
+            message=message,
+            author=author or layout.default_author(),
+            time=layout.spell_time(time),
+            recipe=recipe,
+            patch=patch,
+        )
+    )
+    self.refs.move(HEADS, branch, old=expected, new=commit)
+    return commit
+
+  def resolve(self, ref: str) -> str:
+    """Returns the commit id that a ref names.
+
+    Args:
+      ref: see the class.
+
+    Raises:
+      RefNotFoundError: if it names nothing, or several commits.
+    """
+    return graph.resolve(ref, self.refs, self.objects)
+
+  def show(self, ref: str = "main") -> Commit:
+    """Returns a commit.
+
+    Args:
+      ref: see the class.
+    """
+    return self.objects.commit(self.resolve(ref))
+
+  def log(self, ref: str = "main", *, limit: int | None = None) -> list[Commit]:
+    """Returns a commit and all before it: children first, else newest first.
+
+    Args:
+      ref: see the class.
+      limit: how many to return at most.
+    """
+    return graph.history(self.resolve(ref), self.objects)[:limit]
+
+  def tree(self, ref: str = "main") -> dict[str, Entry]:
+    """Returns digest, dtype and shape of every leaf of a version.
+
+    Args:
+      ref: see the class.
+    """
+    return self.objects.tree(self.show(ref).tree)
+
+  def branches(self) -> dict[str, str]:
+    """Returns `{branch: commit id}`."""
+    return self.refs.all(HEADS)
+
+  def tags(self) -> dict[str, str]:
+    """Returns `{tag: commit id}`."""
+    return self.refs.all(TAGS)
+
+  def branch(self, name: str, at: str = "main") -> str:
+    """Creates a branch and returns the id of the commit it starts at.
+
+    Args:
+      name: its name.
+      at: ref to start at.
+
+    Raises:
+      ConflictError: if there is such a branch.
+    """
+    return self._create(HEADS, name, at)
+
+  def tag(self, name: str, ref: str = "main") -> str:
+    """Names a version for good and returns its commit id; tags never move.
+
+    Args:
+      name: name of the tag.
+      ref: the version.
+
+    Raises:
+      ConflictError: if there is such a tag.
+    """
+    return self._create(TAGS, name, ref)
+
+  def _create(self, space: str, name: str, ref: str) -> str:
+    commit = self.resolve(ref)
+    other = TAGS if space == HEADS else HEADS
+    if self.refs.get(other, name) is not None:
+      noun = "tag" if other == TAGS else "branch"
+      raise ConflictError(
+          f"there is a {noun} {name!r} already; one name for both would be "
+          "ambiguous"
+      )
+    self.refs.move(space, name, old=None, new=commit)
+    return commit
+
+  def checkout(
+      self, ref: str = "main", *, like: Any = None, only: Any = None
+  ) -> Any:
+    """Returns the value of a version, every leaf verified by its digest.
+
+    Args:
+      ref: see the class.
+      like: a pytree with the wanted structure: arrays or `ShapeDtypeStruct`s.
+        Numpy leaves come back as numpy arrays, others as `jax.Array`s in the
+        sharding that the leaf has. What is no array is returned as it is.
+      only: which leaves to read (see `patchjax.select`). With `like`, leaves
+        not asked for are returned as they are in it.
+
+    Returns:
+      A pytree like `like`, by default nested dicts of `jax.Array`s. 64-bit
+      leaves are numpy arrays unless jax_enable_x64 is set.
+
+    Raises:
+      MismatchError: if `like` has other leaves; lists every one.
+      IntegrityError: if stored bits are missing or damaged; lists every leaf.
+      SelectionError: if `only` picks nothing.
+
+    Example:
+      >>> import numpy as np
+      >>> params = {"a": np.zeros(2, np.float32), "b": np.ones(2, np.int8)}
+      >>> with Repo.temporary() as repo:
+      ...   commit = repo.commit(params, message="start")
+      ...   repo.checkout(like=params, only="b")["b"].tolist()
+      [1, 1]
+    """
+    from patchjax.history import restoring
+
+    commit = self.show(ref)
+    entries = restoring.pick(
+        self.objects.tree(commit.tree), like, only, f"version {ref!r}"
+    )
+    return restoring.build(self._reader.read(entries), entries, like)
+
+  def diff(self, a: str, b: str = "main") -> TreeDiff:
+    """Returns what changed between two versions, leaf by leaf.
+
+    Args:
+      a: ref of the first version.
+      b: ref of the second.
+    """
+    from patchjax.history import differences
+
+    return differences.compare(self.tree(a), self.tree(b), self._reader)
+
+  def merge_base(self, *refs: str) -> str:
+    """Returns the id of the best common ancestor of versions.
+
+    Args:
+      *refs: two or more refs.
+
+    Raises:
+      RepositoryError: if there is none, or more than one.
+    """
+    from patchjax.history import merges
+
+    return merges.merge_base(self, refs)
+
+  def merge(
+      self,
+      target: str,
+      refs: Sequence[str] | str,
+      *,
+      method: Any,
+      base: str | None = None,
+      message: str | None = None,
+      author: str | None = None,
+      time: datetime.datetime | float | None = None,
+      fast_forward: bool = True,
+  ) -> str:
+    """Merges versions into a branch; see `merges.merge`."""
+    from patchjax.history import merges
+
+    return merges.merge(
+        self,
+        target,
+        [refs] if isinstance(refs, str) else list(refs),
+        method=method,
+        base=base,
+        message=message,
+        author=author,
+        time=time,
+        fast_forward=fast_forward,
+    )
+
+  def patch_of(self, ref: str = "main") -> Patch:
+    """Returns the patch that made a version.
+
+    The file that was submitted, if it was one; else the exact difference
+    (law `bits`) to its first parent.
+
+    Args:
+      ref: see the class.
+
+    Raises:
+      RepositoryError: if the version is the first of its history.
+    """
+    from patchjax.history import proposals
+
+    return proposals.patch_of(self, self.show(ref))
+
+  def annotate(
+      self,
+      ref: str,
+      kind: str,
+      payload: Any,
+      *,
+      author: str | None = None,
+      time: datetime.datetime | float | None = None,
+  ) -> str:
+    """Attaches a fact to a commit, whose id stays; returns the note's id.
+
+    Args:
+      ref: see the class.
+      kind: what it is about, such as `verdict`.
+      payload: JSON-able content, without NaN or Inf.
+      author: by whom; by default as for `commit`.
+      time: when; by default now.
+    """
+    return notes.add(
+        self.objects,
+        self.refs,
+        self.resolve(ref),
+        kind=kind,
+        payload=payload,
+        author=author or layout.default_author(),
+        time=layout.spell_time(time),
+    )
+
+  def annotations(
+      self, ref: str, kind: str | None = None
+  ) -> list[dict[str, Any]]:
+    """Returns the facts attached to a commit, oldest first.
+
+    Args:
+      ref: see the class.
+      kind: only those of this kind.
+
+    Returns:
+      Dicts of `id`, `commit`, `kind`, `payload`, `author`, `time`.
+    """
+    return notes.read(self.objects, self.refs, self.resolve(ref), kind)
+
+  def fsck(self, *, progress: Any = None) -> FsckReport:
+    """Verifies every object, ref, payload and leaf; see `fsck.check`."""
+    from patchjax.history import fsck
+
+    return fsck.check(self, progress=progress)
+
+  def export(self, ref: str, path: str | os.PathLike[str]) -> None:
+    """Writes a version as a plain Orbax checkpoint; see `exporting.export`."""
+    from patchjax.history import exporting
+
+    exporting.export(self, ref, os.fspath(path))

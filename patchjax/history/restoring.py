@@ -1,0 +1,97 @@
+"""Restoring: from stored leaves to the tree that the user asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from patchjax.history import known
+from patchjax.trees import dtypes
+from patchjax.trees.check import check_named
+from patchjax.trees.digest import Entry
+from patchjax.trees.names import flatten, nested
+from patchjax.trees.selectors import select_named
+
+
+def pick(
+    entries: Mapping[str, Entry], like: Any, only: Any, what: str
+) -> dict[str, Entry]:
+  """Returns the entries to read, once `like` is known to fit.
+
+  Args:
+    entries: the leaves of the version.
+    like: see `Repo.checkout`.
+    only: see `Repo.checkout`.
+    what: what the version is called, for messages.
+
+  Raises:
+    MismatchError: if `like` expects other leaves; lists every one.
+    SelectionError: if `only` picks nothing.
+  """
+  if like is not None:
+    expected = {
+        name: leaf
+        for name, leaf in flatten(like)[0].items()
+        if dtypes.is_array(leaf)
+    }
+    if only is not None:
+      # Only what is asked for has to fit: the rest stays as it is.
+      picked = select_named(expected, only)
+      expected = {name: expected[name] for name in picked}
+      entries = {k: v for k, v in entries.items() if k in expected}
+    check_named(expected, entries, what=what)
+    return {name: entries[name] for name in expected}
+  return {name: entries[name] for name in select_named(entries, only)}
+
+
+def build(
+    words: Mapping[str, np.ndarray], entries: Mapping[str, Entry], like: Any
+) -> Any:
+  """Returns the tree of some leaves.
+
+  Args:
+    words: `{name: bits}` of the leaves that were read.
+    entries: their entries.
+    like: see `Repo.checkout`.
+  """
+  if like is None:
+    return nested({
+        name: _place(bits, entries[name], None) for name, bits in words.items()
+    })
+  import jax
+
+  named, treedef = flatten(like)
+  return jax.tree.unflatten(
+      treedef,
+      [
+          _place(words[name], entries[name], leaf) if name in words else leaf
+          for name, leaf in named.items()
+      ],
+  )
+
+
+def stored(words: np.ndarray, entry: Entry) -> Any:
+  """Returns a leaf as it was stored: on the host, PRNG keys as keys.
+
+  Args:
+    words: its bits.
+    entry: its entry.
+  """
+  return dtypes.device(words, entry.dtype)
+
+
+def _place(words: np.ndarray, entry: Entry, like: Any) -> Any:
+  """Returns one leaf where `like` has it: on the host, or in its sharding."""
+  import jax
+
+  x = stored(words, entry)
+  if isinstance(like, np.ndarray | np.generic):
+    return x.copy() if x.base is not None else x
+  if dtypes.is_wide(x):
+    return x  # JAX would narrow it
+  sharding = getattr(like, "sharding", None)
+  placed = jax.device_put(x, sharding)
+  known.remember(placed, entry)
+  return placed
