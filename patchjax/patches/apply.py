@@ -183,7 +183,7 @@ def check_base(base: Any, patch: Patch) -> None:
       "the patch does not say for which value it was made; save it with "
       "`patch.save(path, base=params)`"
     )
-  found = tree_id({n: leaf for n, leaf in named.items() if is_array(leaf)})
+  found = tree_id(base)
   if found != patch.base:
     raise BaseMismatchError(
       f"wrong base: the patch was made for {patch.base[:12]}, found "

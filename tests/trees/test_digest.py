@@ -90,3 +90,8 @@ def test_a_leaf_cannot_hold_others():
   for names in (["a", "a/b"], ["a/b", "a"]):
     with pytest.raises(StructureError):
       trees.tree_objects(dict.fromkeys(names, e))
+
+
+def test_what_is_no_array_is_no_part_of_a_value():
+  x = jnp.ones(2)
+  assert trees.tree_id({"w": x, "f": len}) == trees.tree_id({"w": x})
