@@ -1,0 +1,302 @@
+"""Verbs that make and judge versions: merge, vet, release, demo."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from patchjax.cli.common import (
+  AS_JSON,
+  AUTHOR,
+  emit,
+  is_patch,
+  is_path,
+  load_object,
+  open_repo,
+  patched,
+  read_value,
+  waiting,
+)
+
+if TYPE_CHECKING:
+  from patchjax.vetting import Policy, Suite, Verdict
+
+_SUITE = click.option(
+  "--suite",
+  metavar="MODULE:NAME",
+  help="Where to import the suite from: a Suite, or a function that makes one.",
+)
+_POLICY = click.option(
+  "--policy",
+  metavar="FILE|MODULE:NAME",
+  help="Margins and caps: a JSON file, or where to import them from.",
+)
+_CLAIMS = click.option(
+  "--claim",
+  "claims",
+  multiple=True,
+  metavar="TEST[=GAIN]",
+  help="A test on which the candidate must be better; may be repeated.",
+)
+
+
+@click.command()
+@click.argument("refs", nargs=-1, required=True)
+@click.option("--into", default="main", help="The branch that is merged into.")
+@click.option("--method", default="ties", help="linear, task_arithmetic, ties.")
+@click.option("--density", type=float, help="Share of the entries kept (ties).")
+@click.option("--scale", type=float, help="Factor of the merged task vector.")
+@click.option(
+  "--weights", metavar="W,W,...", help="One a contributor: INTO, then REFS."
+)
+@click.option(
+  "--set",
+  "more",
+  multiple=True,
+  metavar="NAME=JSON",
+  help="Any other argument of the method; may be repeated.",
+)
+@click.option("--base", help="What contributions are measured from.")
+@click.option("-m", "--message", help="By default says what was merged.")
+@click.option(
+  "--dry-run", is_flag=True, help="Show the conflicts; commit nothing."
+)
+@AUTHOR
+@AS_JSON
+def merge(
+  refs: tuple[str, ...],
+  into: str,
+  method: str,
+  density: float | None,
+  scale: float | None,
+  weights: str | None,
+  more: tuple[str, ...],
+  base: str | None,
+  message: str | None,
+  dry_run: bool,
+  author: str | None,
+  as_json: bool,
+) -> None:
+  """Merge the versions REFS into a branch.
+
+  What each version contributes is measured from their merge base.
+  """
+  from patchjax import merging
+
+  given = {"density": density, "scale": scale, "weights": _numbers(weights)}
+  given = {name: value for name, value in given.items() if value is not None}
+  chain = _method(method, given | dict(_assignment(text) for text in more))
+  repo = open_repo()
+  if dry_run:
+    with waiting("comparing the contributors"):
+      start = repo.merge_base(into, *refs) if base is None else base
+      report = merging.conflicts(
+        repo.checkout(start), [repo.checkout(ref) for ref in (into, *refs)]
+      )
+    emit(as_json, report.to_json(), lambda: str(report))
+    return
+  with waiting("merging"):
+    made = repo.merge(
+      into, refs, method=chain, base=base, message=message, author=author
+    )
+  stored = repo.show(made)
+  value = {"commit": made, "branch": into, "parents": list(stored.parents)}
+  emit(as_json, value, f"[{into} {made[:12]}] {stored.title}")
+
+
+@click.command()
+@click.argument("new")
+@click.option(
+  "--against", required=True, metavar="OLD", help="What NEW would replace."
+)
+@_SUITE
+@_POLICY
+@_CLAIMS
+@AS_JSON
+def vet(
+  new: str,
+  against: str,
+  suite: str | None,
+  policy: str | None,
+  claims: tuple[str, ...],
+  as_json: bool,
+) -> None:
+  """Decide whether NEW may replace OLD; exit with 1 if it may not.
+
+  NEW and OLD are refs or files; NEW may be a patch file on OLD. In a
+  repository, the verdict is stored with the commit NEW (of a file: with OLD).
+  """
+  if suite is None:
+    raise click.UsageError("vet needs --suite MODULE:NAME")
+  verdict = _vet(new, against, _suite(suite), _policy(policy), _claimed(claims))
+  emit(as_json, verdict.to_json(), lambda: str(verdict))
+  if not verdict.accepted:
+    sys.exit(1)
+
+
+def _vet(
+  new: str, old: str, suite: Suite, policy: Policy | None, claims: Any
+) -> Verdict:
+  from patchjax.vetting import gate, record, uses
+
+  before = read_value(old)
+  after = patched(before, new) if is_patch(new) else read_value(new)
+  # Two files are compared without a repository, and nobody counts.
+  refs = [text for text in (new, old) if not is_path(text)]
+  repo = open_repo() if refs else None
+  verdict = gate(
+    before,
+    after,
+    suite,
+    policy,
+    claims=claims,
+    used=uses(repo, suite) if repo else None,
+    progress=sys.stderr.isatty(),
+  )
+  if repo:
+    record(repo, refs[0], verdict)
+  return verdict
+
+
+@click.command()
+@click.argument("ref", default="main")
+@_SUITE
+@_POLICY
+@_CLAIMS
+@click.option(
+  "--verdict", metavar="FILE", help="What `vet --json` printed, as evidence."
+)
+@click.option(
+  "--override",
+  metavar="REASON",
+  help="Release as MAJOR what the gate did not accept, in writing.",
+)
+@AS_JSON
+def release(
+  ref: str,
+  suite: str | None,
+  policy: str | None,
+  claims: tuple[str, ...],
+  verdict: str | None,
+  override: str | None,
+  as_json: bool,
+) -> None:
+  """Release REF under the version that its evidence has earned.
+
+  The evidence is --verdict, one stored with the commit by `vet`, or a run of
+  --suite. What it does not allow is refused with exit code 1.
+  """
+  from patchjax.releases import release as make
+  from patchjax.vetting import Verdict
+
+  made = make(
+    open_repo(),
+    ref,
+    suite=_suite(suite) if suite else None,
+    verdict=None
+    if verdict is None
+    else Verdict.from_json(pathlib.Path(verdict).read_text()),
+    policy=_policy(policy),
+    claims=_claimed(claims),
+    override=override,
+    progress=sys.stderr.isatty(),
+  )
+  emit(as_json, made.to_json(), lambda: str(made))
+
+
+@click.command()
+@click.argument("directory", default="clamp-demo")
+def demo(directory: str) -> None:
+  """Release, patch, merge, vet and release again a real model.
+
+  Writes the repository DIRECTORY, on which the other verbs then work.
+  """
+  from patchjax.demo import run
+
+  run(directory)
+
+
+def _method(name: str, arguments: dict[str, Any]) -> Any:
+  """The merge method of a name, with the arguments that it takes."""
+  import inspect
+
+  from patchjax.merging import methods
+  from patchjax.trees.suggest import did_you_mean, list_names
+
+  known = {
+    key: function
+    for key, function in inspect.getmembers(methods, inspect.isfunction)
+    if function.__module__ == methods.__name__ and not key.startswith("_")
+  }
+  if name not in known:
+    raise click.BadParameter(
+      f"{name!r} is none of {list_names(known)}. {did_you_mean(name, known)}",
+      param_hint="--method",
+    )
+  takes = inspect.signature(known[name]).parameters
+  for key in arguments:
+    if key not in takes:
+      raise click.BadParameter(
+        f"{name} has no argument {key!r}; it takes {list_names(takes)}"
+      )
+  try:
+    return known[name](**arguments)
+  except (TypeError, ValueError) as error:
+    raise click.BadParameter(f"{name}: {error}") from error
+
+
+def _numbers(text: str | None) -> list[float] | None:
+  if text is None:
+    return None
+  try:
+    return [float(part) for part in text.split(",")]
+  except ValueError as error:
+    raise click.BadParameter(
+      f"expected numbers such as 1,0.5; found {text!r}", param_hint="--weights"
+    ) from error
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+  name, sign, value = text.partition("=")
+  if not sign:
+    raise click.BadParameter(f"expected NAME=JSON, found {text!r}")
+  try:
+    return name, json.loads(value)
+  except ValueError:
+    return name, value  # a word without quotes
+
+
+def _suite(text: str) -> Suite:
+  from patchjax.vetting import Suite
+
+  return load_object(text, Suite)
+
+
+def _policy(text: str | None) -> Policy | None:
+  from patchjax.vetting import Policy
+
+  if text is None:
+    return None
+  if pathlib.Path(text).is_file():
+    return Policy.from_json(pathlib.Path(text).read_text())
+  return load_object(text, Policy)
+
+
+def _claimed(claims: tuple[str, ...]) -> dict[str, float]:
+  wanted = {}
+  for claim in claims:
+    test, _, gain = claim.partition("=")
+    try:
+      wanted[test] = float(gain or 0)
+    except ValueError as error:
+      raise click.BadParameter(
+        f"expected TEST or TEST=GAIN, found {claim!r}", param_hint="--claim"
+      ) from error
+  return wanted
+
+
+VERBS = (merge, vet, release, demo)
