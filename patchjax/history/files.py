@@ -9,10 +9,12 @@ them needs plain file access only, so listing a history imports no TensorStore.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from patchjax.trees.errors import RepositoryError
 
@@ -94,26 +96,40 @@ class Files:
     return sorted(found)
 
   def write(self, key: str, data: bytes) -> None:
-    """Writes an immutable value; all of it or nothing.
-
-    Two writers of one key write the same bytes, so it does not matter whose
-    rename comes last.
+    """Writes an immutable value; see `write_all`.
 
     Args:
       key: `/`-separated key.
       data: the bytes.
+    """
+    self.write_all({key: data})
+
+  def write_all(self, values: Mapping[str, bytes]) -> None:
+    """Writes immutable values, each of them whole or not at all.
+
+    Two writers of one key write the same bytes, so it does not matter whose
+    rename comes last. When this returns, the values survive a power failure.
+
+    Args:
+      values: `{key: bytes}`.
 
     Raises:
-      OSError: if the disk is full or the path cannot be written; nothing is
-        left under the key.
+      OSError: if the disk is full or the path cannot be written.
     """
-    path = self.path(key)
+    folders = {os.path.dirname(self.path(key)) for key in values}
+    for folder in folders:
+      os.makedirs(folder, exist_ok=True)
+    # Syncing is waiting: files synced at once share a turn of the journal.
+    _each(self._write_one, values.items())
+    _each(_sync_folder, folders)
+
+  def _write_one(self, item: tuple[str, bytes]) -> None:
+    path = self.path(item[0])
     folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f"{TEMPORARY}{uuid.uuid4().hex}-{name}")
     try:
       with open(temporary, "xb") as file:
-        file.write(data)
+        file.write(item[1])
         file.flush()
         os.fsync(file.fileno())
       os.replace(temporary, path)
@@ -121,7 +137,6 @@ class Files:
       with contextlib.suppress(OSError):
         os.unlink(temporary)
       raise
-    sync_folder(folder)
 
   def swap(self, key: str, *, old: bytes | None, new: bytes) -> bool:
     """Replaces the value of a key if it still is what the caller has seen.
@@ -179,12 +194,20 @@ def is_temporary(name: str) -> bool:
   )
 
 
-def sync_folder(folder: str) -> None:
-  """Makes renames in a folder survive a power failure, where that exists.
+def _each(function: Callable[[Any], None], items: Iterable[Any]) -> None:
+  """Calls a function that waits for the disk on each item, side by side."""
+  items = list(items)
+  if len(items) < 2:
+    for item in items:
+      function(item)
+    return
+  with concurrent.futures.ThreadPoolExecutor(min(8, len(items))) as pool:
+    for _ in pool.map(function, items):
+      pass
 
-  Args:
-    folder: path of a folder.
-  """
+
+def _sync_folder(folder: str) -> None:
+  """Makes renames in a folder survive a power failure, where that exists."""
   if os.name == "nt":
     return  # folders cannot be opened there
   handle = os.open(folder, os.O_RDONLY)

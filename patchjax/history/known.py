@@ -68,9 +68,7 @@ def words_of(digest: str) -> np.ndarray | None:
   return dtypes.host(x)[0]
 
 
-def entry_of(
-    x: Any, words: np.ndarray, dtype: str, parent: Entry | None
-) -> Entry:
+def entry_of(x: Any, parent: Entry | None) -> Entry:
   """Returns the entry of a leaf by the cheapest proof there is.
 
   Identity, then bit equality with the parent's array if it is in memory (a
@@ -78,13 +76,15 @@ def entry_of(
 
   Args:
     x: the leaf.
-    words: its bits.
-    dtype: name of its dtype.
     parent: entry of the leaf of this name in the parent version.
+
+  Raises:
+    DtypeError: if it is no array of a known dtype.
   """
   entry = recall(x)
   if entry is not None:
     return entry
+  words, dtype = dtypes.host(x)
   shape = tuple(np.shape(x))
   if (
       parent is not None

@@ -10,10 +10,13 @@ changes an id.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from patchjax.trees.errors import IntegrityError
@@ -21,6 +24,9 @@ from patchjax.trees.errors import IntegrityError
 if TYPE_CHECKING:
   from patchjax.history.files import Files
   from patchjax.trees.digest import Entry
+
+
+_FOLDERS = 4096  # kept in memory, least recently used go first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +97,15 @@ def commit_bytes(
   return canonical_json(spelled)
 
 
+def id_of(data: bytes) -> str:
+  """Returns the id of an object: the SHA-256 of its bytes.
+
+  Args:
+    data: the bytes.
+  """
+  return hashlib.sha256(data).hexdigest()
+
+
 def is_id(text: str) -> bool:
   """Returns whether a text has the form of an object id.
 
@@ -127,17 +142,39 @@ class Objects:
   def __init__(self, files: Files):
     self.files = files
     self._commits: dict[str, Commit] = {}
+    # Folders of recent trees: a commit starts from those of its parent.
+    self._folders: collections.OrderedDict[str, dict[str, Entry | str]] = (
+        collections.OrderedDict()
+    )
 
   def write(self, data: bytes) -> str:
-    """Stores bytes and returns their id; stored once, however often asked.
+    """Stores bytes and returns their id.
 
     Args:
       data: the bytes.
     """
-    name = hashlib.sha256(data).hexdigest()
-    if not self.files.exists(key_of(name)):
-      self.files.write(key_of(name), data)
+    name = id_of(data)
+    self.write_all({name: data})
     return name
+
+  def write_all(self, objects: Mapping[str, bytes]) -> None:
+    """Stores objects; what is stored already is not written again.
+
+    Args:
+      objects: `{id: bytes}`.
+    """
+    self.files.write_all({
+        key_of(name): data
+        for name, data in objects.items()
+        if not self._holds(name, len(data))
+    })
+
+  def _holds(self, name: str, size: int) -> bool:
+    # A damaged file of another length is written over; fsck finds the rest.
+    try:
+      return os.path.getsize(self.files.path(key_of(name))) == size
+    except OSError:
+      return False
 
   def read(self, name: str) -> bytes:
     """Returns the bytes of an object.
@@ -157,7 +194,7 @@ class Objects:
           "copy it from another copy of the repository, or commit the same "
           "value again"
       ) from error
-    found = hashlib.sha256(data).hexdigest()
+    found = id_of(data)
     if found != name:
       raise IntegrityError(
           f"object {name} is damaged: the bytes of {path} have the digest "
@@ -217,12 +254,19 @@ class Objects:
     """
     from patchjax.trees.digest import Entry
 
-    return {
+    if name in self._folders:
+      self._folders.move_to_end(name)
+      return self._folders[name]
+    folder: dict[str, Entry | str] = {
         part: item["tree"]
         if "tree" in item
         else Entry(item["digest"], item["dtype"], tuple(item["shape"]))
         for part, item in self._read_json(name, "tree")["entries"].items()
     }
+    self._folders[name] = folder
+    if len(self._folders) > _FOLDERS:
+      self._folders.popitem(last=False)
+    return folder
 
   def tree(self, name: str) -> dict[str, Entry]:
     """Returns the leaves of a tree by text name, in the order of the names.

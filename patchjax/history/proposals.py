@@ -1,4 +1,4 @@
-"""Committing a patch: its base is checked, its value computed, its file kept."""
+"""Committing a patch: base checked, value computed, file kept."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchjax.history import graph, layout, notes
 from patchjax.history.files import Files
-from patchjax.history.objects import Commit, Objects, commit_bytes
+from patchjax.history.objects import Commit, Objects, commit_bytes, id_of
 from patchjax.history.refs import HEADS, TAGS, Refs
 from patchjax.trees.errors import (
     ConflictError,
@@ -260,19 +260,17 @@ class Repo:
     # The order matters: what a ref can reach is written before the ref.
     entries = self._writer.write(named, old)
     tree, objects = tree_objects(entries)
-    for data in objects.values():
-      self.objects.write(data)
-    commit = self.objects.write(
-        commit_bytes(
-            tree=tree,
-            parents=parents,
-            message=message,
-            author=author or layout.default_author(),
-            time=layout.spell_time(time),
-            recipe=recipe,
-            patch=patch,
-        )
+    data = commit_bytes(
+        tree=tree,
+        parents=parents,
+        message=message,
+        author=author or layout.default_author(),
+        time=layout.spell_time(time),
+        recipe=recipe,
+        patch=patch,
     )
+    commit = id_of(data)
+    self.objects.write_all({**objects, commit: data})
     self.refs.move(HEADS, branch, old=expected, new=commit)
     return commit
 

@@ -9,6 +9,7 @@ else into one checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -39,12 +40,12 @@ _REPEATED = 64 * 1024
 class _Leaf:
   name: str
   entry: Entry
-  bits: np.ndarray | None  # None: stored already, and not read
+  value: Any  # None: stored already, and not read
 
-  @property
+  @functools.cached_property
   def words(self) -> np.ndarray:
-    assert self.bits is not None
-    return self.bits
+    """The bits; not fetched from a device before they are needed."""
+    return dtypes.host(self.value)[0]
 
 
 class LeafWriter:
@@ -84,7 +85,7 @@ class LeafWriter:
     new = {
         leaf.entry.digest: leaf
         for leaf in reversed(held)
-        if leaf.bits is not None and not places[leaf.entry.digest]
+        if leaf.value is not None and not places[leaf.entry.digest]
     }
     if new:
       self._store(leaves, dict(reversed(new.items())), parent)
@@ -103,11 +104,11 @@ class LeafWriter:
       base = bases.get(leaf.name)
       if base is not None and encodings.planes_pay(leaf.words, base[0]):
         arrays[leaf.name] = encodings.to_planes(leaf.words, base[0])
-        encoding, of, depth = encodings.PLANES, base[1].digest, base[1].depth + 1
+        how = (encodings.PLANES, base[1].digest, base[1].depth + 1)
       else:
         arrays[leaf.name] = encodings.to_stored(leaf.words, leaf.entry.dtype)
-        encoding, of, depth = encodings.plain_encoding(leaf.entry.dtype), None, 0
-      places[digest] = Location(digest, "", leaf.name, encoding, of, depth)
+        how = (encodings.plain_encoding(leaf.entry.dtype), None, 0)
+      places[digest] = Location(digest, "", leaf.name, *how)
     spelled = indices.spell(places.values())
     blob = blobs.pack(arrays, spelled)
     if blob is not None:
@@ -121,7 +122,9 @@ class LeafWriter:
             if loc.encoding == encodings.WORDS
         },
         "planes": [
-            loc.key for loc in places.values() if loc.encoding == encodings.PLANES
+            loc.key
+            for loc in places.values()
+            if loc.encoding == encodings.PLANES
         ],
         "aliases": {},
     }
@@ -152,7 +155,7 @@ class LeafWriter:
         and found[old.digest][0].depth < encodings.MAX_DEPTH
     }
     words = {name: known.words_of(places[name].digest) for name in places}
-    absent = {name: parent[name] for name, bits in words.items() if bits is None}
+    absent = {name: parent[name] for name in words if words[name] is None}
     try:
       words |= self.reader.read(absent) if absent else {}
     except IntegrityError:
@@ -183,13 +186,11 @@ def _describe(
       continue
     try:
       _check(name, x)
-      words, dtype = dtypes.host(x)
+      dtypes.dtype_name(x)
+      if not bad:  # with a bad leaf nothing is hashed any more
+        leaves.append(_Leaf(name, known.entry_of(x, parent.get(name)), x))
     except PatchjaxError as error:
       bad.append(f"  {name}: {error}")
-      continue
-    if not bad:
-      entry = known.entry_of(x, words, dtype, parent.get(name))
-      leaves.append(_Leaf(name, entry, words))
   if bad:
     raise DtypeError(
         f"{len(bad)} leaf/leaves cannot be committed; nothing was:\n"
@@ -249,7 +250,7 @@ def _repeat(
   aliases = {}
   for leaf in leaves:
     first = new.get(leaf.entry.digest)
-    if first is None or leaf.bits is None or leaf.name in arrays:
+    if first is None or leaf.value is None or leaf.name in arrays:
       continue
     if leaf.words.nbytes <= _REPEATED:
       arrays[leaf.name] = arrays[first.name]
