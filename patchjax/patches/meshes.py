@@ -67,11 +67,11 @@ def _partitioned(
   function: Callable[..., Any], sharding: NamedSharding, spec: PartitionSpec
 ) -> Callable[..., Any]:
   mesh = sharding.mesh
-  explicit = {
+  explicit = tuple(
     name
     for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
     if kind == AxisType.Explicit
-  }
+  )
   return jax.sharding.auto_axes(
     function, axes=explicit, out_sharding=NamedSharding(mesh, spec)
   )
