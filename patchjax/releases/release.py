@@ -12,6 +12,7 @@ from patchjax.trees.errors import (
   FormatError,
   RefNotFoundError,
   ReleaseRefusedError,
+  VetError,
 )
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ def release(
       only recorded as the suite that the release comes with.
     verdict: result of a gate; its values must be those of the commit and of
       the previous release.
-    policy: default that of the verdict, or `Policy()`.
+    policy: what any verdict must have been given under; by default a verdict's
+      own policy is taken as it is, and `Policy()` for a new run.
     claims: gains to be shown, if the suite is run.
     override: a maintainer's reason to release, as MAJOR, what the gate did not
       accept.
@@ -137,7 +139,7 @@ def release(
   Raises:
     ReleaseRefusedError: if the candidate failed, is undecided or untested, if
       it is released already, or if the version is taken by another commit.
-    VetError: if the verdict is not about these values.
+    VetError: if the verdict is not about these values or not under `policy`.
   """
   commit = repo.show(ref)
   before = _previous(repo, ref)
@@ -167,9 +169,9 @@ def release(
       f"{commit.tree[:12]}): there is nothing to release; use {before.tag}"
     )
   if verdict is None:
-    verdict = _stored_verdict(repo, commit, before, suite)
+    verdict = _stored_verdict(repo, commit, before, suite, policy, claims)
   if verdict is not None:
-    _check_subjects(verdict, before, commit)
+    _check_verdict(verdict, before, commit, policy)
   elif suite is not None:
     verdict = _run(
       repo, before, commit, suite, policy, claims, like=like, progress=progress
@@ -213,17 +215,24 @@ def releases(repo: Repo, ref: str = "main") -> list[Release]:
     ref: a commit; a release itself is listed too.
   """
   tagged: dict[str, set[str]] = {}
-  for tag in repo.tags():
-    tagged.setdefault(repo.resolve(tag), set()).add(tag)
-  found = [
-    entry
+  for tag, commit_id in repo.tags().items():
+    tagged.setdefault(commit_id, set()).add(tag)
+  notes = [
+    note
     for commit in repo.log(ref)
     if commit.id in tagged
-    for entry in map(Release.from_json, repo.annotations(commit.id, KIND))
-    # A note without its tag is of a release that was interrupted.
-    if entry.tag in tagged[commit.id]
+    for note in repo.annotations(commit.id, KIND)
   ]
-  return sorted(found, key=lambda r: versions.parse(r.version), reverse=True)
+  # A note without its tag is of a release that was interrupted; by tag, since
+  # a release that was interrupted and made again has two notes.
+  found = {
+    made.tag: made
+    for made in (Release.from_json(note["payload"]) for note in notes)
+    if made.tag in tagged[made.commit]
+  }
+  return sorted(
+    found.values(), key=lambda r: versions.parse(r.version), reverse=True
+  )
 
 
 def _previous(repo: Repo, ref: str) -> Release | None:
@@ -232,21 +241,37 @@ def _previous(repo: Repo, ref: str) -> Release | None:
 
 
 def _stored_verdict(
-  repo: Repo, commit: Any, before: Release, suite: Suite | None
+  repo: Repo,
+  commit: Any,
+  before: Release,
+  suite: Suite | None,
+  policy: Policy | None,
+  claims: Iterable[str] | Mapping[str, float],
 ) -> Verdict | None:
-  """The latest stored verdict on exactly these values, of this suite if any."""
+  """The latest stored verdict that answers exactly what is asked."""
   from patchjax.vetting.ledger import verdicts
 
+  wanted = {claims} if isinstance(claims, str) else set(claims)
   for verdict in reversed(verdicts(repo, commit.id)):
-    same = verdict.old == before.tree and verdict.new == commit.tree
-    if same and (suite is None or verdict.digest == suite.digest):
+    shown = {row.name for row in verdict.rows if row.role == "claim"}
+    if (
+      (verdict.old, verdict.new) == (before.tree, commit.tree)
+      and (suite is None or verdict.digest == suite.digest)
+      and (policy is None or verdict.policy == policy)
+      and wanted <= shown
+    ):
       return verdict
   return None
 
 
-def _check_subjects(verdict: Verdict, before: Release, commit: Any) -> None:
-  from patchjax.trees.errors import VetError
-
+def _check_verdict(
+  verdict: Verdict, before: Release, commit: Any, policy: Policy | None
+) -> None:
+  if policy is not None and verdict.policy != policy:
+    raise VetError(
+      "the verdict was given under another policy than the one asked for; "
+      "run the gate again with this policy, or leave policy= out"
+    )
   for which, found, expected, what in (
     ("old", verdict.old, before.tree, f"release {before.version}"),
     ("new", verdict.new, commit.tree, f"commit {commit.id[:12]}"),
@@ -301,7 +326,7 @@ def _classify(
   interface: Interface | None,
   override: str | None,
 ) -> Decision:
-  counts = repo.diff(before.commit, commit.id).counts
+  leaves = repo.diff(before.commit, commit.id).leaves
   old_interface = None
   if before.interface is not None:
     old_interface = Interface(**before.interface)
@@ -310,7 +335,7 @@ def _classify(
     repo.tree(commit.id),
     verdict,
     policy,
-    changed=counts,
+    changed={x.name: x.count for x in leaves if x.kind == "changed"},
     carried=carried,
     old_interface=old_interface,
     new_interface=interface,

@@ -32,7 +32,7 @@ def record(repo: Repo, ref: str, verdict: Verdict) -> str:
   Returns:
     The id of the annotation.
   """
-  return repo.annotate(repo.resolve(ref), KIND, verdict.to_json())
+  return repo.annotate(ref, KIND, verdict.to_json())
 
 
 def verdicts(repo: Repo, ref: str) -> list[Verdict]:
@@ -43,8 +43,7 @@ def verdicts(repo: Repo, ref: str) -> list[Verdict]:
     ref: a commit.
   """
   return [
-    Verdict.from_json(value)
-    for value in repo.annotations(repo.resolve(ref), KIND)
+    Verdict.from_json(note["payload"]) for note in repo.annotations(ref, KIND)
   ]
 
 

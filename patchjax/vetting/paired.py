@@ -103,7 +103,8 @@ def score(lost, gained, n: int, null) -> np.ndarray:
   linear = b + c + (c - b - 2.0 * n) * null
   constant = b * null * (1.0 - null)
   root = np.sqrt(np.maximum(linear**2 + 8.0 * n * constant, 0.0))
-  p = np.clip((linear + root) / (4.0 * n), max(0.0, -null), (1.0 - null) / 2.0)
+  least = np.maximum(0.0, -null)
+  p = np.clip((linear + root) / (4.0 * n), least, (1.0 - null) / 2.0)
   variance = n * (2.0 * p + null - null * null)
   top = c - b - n * null
   safe = np.where(variance > 0.0, variance, 1.0)
@@ -115,8 +116,9 @@ def exact_p(lost: int, gained: int, n: int, null: float) -> float:
 
   Given s discordant examples the extreme outcomes are those with at least
   `least(s)` gains, since the score grows with the gains at fixed s. At a fixed
-  discordance rho their probability is largest at the null itself, so that the
-  supremum over all differences at most `null` is one over rho alone.
+  discordance rho their probability is largest at the largest difference that
+  the null allows, `min(null, rho)`, so that the supremum over all differences
+  at most `null` is one over rho alone.
 
   Args:
     lost: examples right before and wrong now.
@@ -136,11 +138,15 @@ def exact_p(lost: int, gained: int, n: int, null: float) -> float:
   from scipy import special  # deferred: the command line starts without it
 
   low, high = clopper_pearson(lost + gained, n, alpha=BETA / 2.0)
-  low = max(low, abs(null), 1e-12)
+  # A loss of -null needs that much discordance; a gain at most null does not.
+  low = max(low, -null, 1e-12)
   high = min(max(high, 1e-12), 1.0)
   if high < low:
     return BETA  # no difference as bad as the null fits the discordance seen
-  rho = np.linspace(low, high, _GRID)[:, None]
+  rho = np.linspace(low, high, _GRID)
+  if low < null < high:
+    rho = np.append(rho, null)  # the worst difference has a kink there
+  rho = rho[:, None]
   first, last = _window(n, low, high)
   s = np.arange(first, last + 1, dtype=np.float64)
   observed = float(score(lost, gained, n, null))
@@ -152,7 +158,7 @@ def exact_p(lost: int, gained: int, n: int, null: float) -> float:
     - special.gammaln(n - s + 1.0)
   )
   log_mass = log_choose + special.xlogy(s, rho) + special.xlog1py(n - s, -rho)
-  share = np.clip((rho + null) / (2.0 * rho), 0.0, 1.0)
+  share = np.clip((rho + np.minimum(null, rho)) / (2.0 * rho), 0.0, 1.0)
   inside = (least >= 1.0) & (least <= s)
   a = np.where(inside, least, 1.0)
   tail = special.betainc(a, np.where(inside, s - least + 1.0, 1.0), share)
@@ -206,20 +212,16 @@ def score_interval(
   """
   from scipy import special
 
-  z = float(special.ndtri(1.0 - alpha))
+  # The score falls with the null: it is z at the lower end and -z at the upper.
+  target = np.array([1.0, -1.0]) * special.ndtri(1.0 - alpha)
   d = (gained - lost) / n
-  return _root(lost, gained, n, z, -1.0, d), _root(lost, gained, n, -z, d, 1.0)
-
-
-def _root(lost, gained, n, target, low, high) -> float:
-  """The null at which the score, which falls with the null, is `target`."""
-  for _ in range(60):
+  low, high = np.array([-1.0, d]), np.array([d, 1.0])
+  for _ in range(50):
     mid = (low + high) / 2.0
-    if float(score(lost, gained, n, mid)) > target:
-      low = mid
-    else:
-      high = mid
-  return (low + high) / 2.0
+    above = score(lost, gained, n, mid) > target
+    low, high = np.where(above, mid, low), np.where(above, high, mid)
+  ends = (low + high) / 2.0
+  return float(ends[0]), float(ends[1])
 
 
 def clopper_pearson(k: float, n: float, *, alpha: float) -> tuple[float, float]:

@@ -36,9 +36,7 @@ def clopper_pearson(k, n, alpha):
   """Bounds by inverting the binomial tails."""
   low = 0.0
   if k > 0:
-    low = bisect(
-      lambda p: alpha - (1.0 - binomial_cdf(k - 1, n, p)), 0.0, 1.0
-    )
+    low = bisect(lambda p: alpha - (1.0 - binomial_cdf(k - 1, n, p)), 0.0, 1.0)
   high = 1.0
   if k < n:
     high = bisect(lambda p: binomial_cdf(k, n, p) - alpha, 0.0, 1.0)
@@ -64,14 +62,14 @@ def score(b, c, n, null):
   return (c - b - n * null) / math.sqrt(variance) if variance > 0.0 else 0.0
 
 
-def exact_p(b, c, n, null, statistic, beta=1e-4, points=400):
+def exact_p(b, c, n, null, statistic, beta=1e-4, points=100):
   """The unconditional p-value by a sum over all outcomes of n examples.
 
   `statistic(b, c)` is given so that this checks the summation, not the
   statistic again.
   """
   low, high = clopper_pearson(b + c, n, beta / 2.0)
-  low = max(low, abs(null))
+  low = max(low, -null)
   if high < low:
     return beta
   seen = statistic(b, c)
@@ -81,13 +79,14 @@ def exact_p(b, c, n, null, statistic, beta=1e-4, points=400):
     for j in range(n + 1 - i)
     if statistic(i, j) >= seen - 1e-9
   ]
-  worst = max(
-    sum(
-      trinomial(i, j, n, (rho - null) / 2.0, (rho + null) / 2.0)
-      for i, j in extreme
-    )
-    for rho in np.linspace(low, high, points)
-  )
+  worst = 0.0
+  for rho in (*np.linspace(low, high, points), np.clip(null, low, high)):
+    # The null is every difference up to min(null, rho); a few of them will do.
+    top = min(null, rho)
+    for difference in np.linspace(max(-rho, top - 0.1), top, 3):
+      lose, gain = (rho - difference) / 2.0, (rho + difference) / 2.0
+      mass = sum(trinomial(i, j, n, lose, gain) for i, j in extreme)
+      worst = max(worst, mass)
   return min(1.0, worst + beta)
 
 
@@ -118,7 +117,8 @@ def student_tail(t, df, points=200_001):
   """P(T > t) by Simpson's rule on the density of |T| below |t|."""
   x = np.linspace(0.0, abs(t), points)
   log_scale = (
-    math.lgamma((df + 1) / 2) - math.lgamma(df / 2)
+    math.lgamma((df + 1) / 2)
+    - math.lgamma(df / 2)
     - 0.5 * math.log(df * math.pi)
   )
   y = np.exp(log_scale - (df + 1) / 2 * np.log1p(x**2 / df))

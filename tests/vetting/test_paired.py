@@ -59,17 +59,33 @@ def test_score_grows_with_the_gains_at_fixed_discordance():
     (5, 12, 30, 0.0),
     (1, 9, 28, 0.1),
     (10, 0, 20, -0.2),
+    (2, 5, 24, 0.4),
+    (0, 3, 20, 0.3),
+    (0, 0, 25, 0.1),
   ],
 )
 def test_exact_p_is_the_sum_over_all_outcomes(b, c, n, null):
   statistic = functools.lru_cache(maxsize=None)(
     lambda i, j: float(paired.score(i, j, n, null))
   )
-  expected = slow.exact_p(b, c, n, null, statistic, points=200)
+  expected = slow.exact_p(b, c, n, null, statistic, points=100)
   assert paired.exact_p(b, c, n, null) == pytest.approx(expected, abs=3e-4)
 
 
-@pytest.mark.parametrize("null", [-0.2, -0.05, 0.0])
+@hypothesis.given(counts(300), st.floats(-0.5, 0.5))
+def test_the_two_p_values_are_not_both_small(found, null):
+  b, c, n = found
+  above = paired.exact_p(b, c, n, null)
+  below = paired.exact_p(c, b, n, -null)
+  assert above + below >= 1.0
+  # An estimate on the null's own side is no evidence against it.
+  if (c - b) / n <= null:
+    assert above > 0.3
+  else:
+    assert below > 0.3
+
+
+@pytest.mark.parametrize("null", [-0.2, -0.05, 0.0, 0.1])
 def test_error_of_passing_is_at_most_alpha_for_every_discordance(null):
   # All outcomes of n examples, so this is the size itself, not a simulation.
   n, alpha = 40, 0.05
@@ -81,10 +97,10 @@ def test_error_of_passing_is_at_most_alpha_for_every_discordance(null):
   ]
   sizes = [
     sum(
-      slow.trinomial(b, c, n, (rho - null) / 2, (rho + null) / 2)
-      for b, c in passing
+      slow.trinomial(b, c, n, (rho - d) / 2, (rho + d) / 2) for b, c in passing
     )
-    for rho in np.linspace(abs(null), 1.0, 40)
+    for rho in np.linspace(max(0.0, -null), 1.0, 40)
+    for d in (min(null, rho), max(-rho, min(null, rho) - 0.05))
   ]
   assert max(sizes) <= alpha
   assert max(sizes) > 0.03  # and is not given away
@@ -201,9 +217,7 @@ def test_one_cluster_an_example_is_no_clustering():
   rng = np.random.default_rng(4)
   old, new = rng.normal(size=(2, 50))
   plain = paired.compare(old, new, null=0.0, alpha=0.05)
-  found = paired.compare(
-    old, new, null=0.0, alpha=0.05, clusters=np.arange(50)
-  )
+  found = paired.compare(old, new, null=0.0, alpha=0.05, clusters=np.arange(50))
   assert found == plain
 
 

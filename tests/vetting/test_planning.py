@@ -32,17 +32,22 @@ def test_plan_closed_form():
   )
   # Power of each of K tests: 1 - (1 - power) / K.
   assert plan(0.01, 0.05, tests=4) == plan(0.01, 0.05, power=0.95)
-  assert plan(0.0, 0.1, difference=0.05) == round(z * z * (0.1 - 0.0025) / 0.0025)
+  assert plan(0.0, 0.1, difference=0.05) == round(
+    z * z * (0.1 - 0.0025) / 0.0025
+  )
 
 
 @pytest.mark.parametrize(
   "arguments, words",
   [
-    (dict(margin=0.01, discordance=0.05, difference=-0.01), "widen the margin"),
-    (dict(margin=0.01, discordance=0.0, difference=0.1), "impossible"),
-    (dict(margin=0.01, discordance=0.05, alpha=0.7), "alpha"),
-    (dict(margin=0.01, discordance=0.05, power=1.0), "power"),
-    (dict(margin=0.01, discordance=0.05, tests=0), "tests"),
+    (
+      {"margin": 0.01, "discordance": 0.05, "difference": -0.01},
+      "widen the margin",
+    ),
+    ({"margin": 0.01, "discordance": 0.0, "difference": 0.1}, "impossible"),
+    ({"margin": 0.01, "discordance": 0.05, "alpha": 0.7}, "alpha"),
+    ({"margin": 0.01, "discordance": 0.05, "power": 1.0}, "power"),
+    ({"margin": 0.01, "discordance": 0.05, "tests": 0}, "tests"),
   ],
 )
 def test_plan_refuses(arguments, words):

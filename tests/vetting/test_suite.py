@@ -118,9 +118,12 @@ def test_missing_and_unknown_tests():
 def test_digest_covers_the_declaration_and_not_the_code():
   base = suite_of(a=[0, 1])
   assert base.digest == suite_of(a=np.int32([1, 0])).digest
-  assert base.digest == Suite(
-    "s", "1.0.0", [Test("t", lambda p: 1 * p, slices={"a": [0, 1]})]
-  ).digest
+  assert (
+    base.digest
+    == Suite(
+      "s", "1.0.0", [Test("t", lambda p: 1 * p, slices={"a": [0, 1]})]
+    ).digest
+  )
   others = [
     suite_of(a=[0, 2]),
     suite_of(b=[0, 1]),
