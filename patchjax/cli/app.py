@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import os
 
 import click
 
@@ -69,7 +69,10 @@ def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
   callback=_version,
   help="Show the version and exit.",
 )
-def patchjax(directory: tuple[str, ...], debug: bool) -> None:
+@click.pass_context
+def patchjax(
+  ctx: click.Context, directory: tuple[str, ...], debug: bool
+) -> None:
   """Git for model weights: patches, histories, merges, gates, releases.
 
   Where a verb takes a REF, it may be a branch, a tag, a commit id or a unique
@@ -78,7 +81,7 @@ def patchjax(directory: tuple[str, ...], debug: bool) -> None:
   """
   del debug  # read by the group
   for place in directory:
-    os.chdir(place)
+    ctx.with_resource(contextlib.chdir(place))
 
 
 for _module in (refs, files, inspection, candidates):
