@@ -10,7 +10,7 @@ import numpy as np
 
 from patchjax.trees.errors import VetError
 from patchjax.trees.suggest import did_you_mean, list_names
-from patchjax.vetting import paired, planning
+from patchjax.vetting import advice, flips, paired
 from patchjax.vetting.outcomes import Outcomes
 from patchjax.vetting.policy import Policy
 from patchjax.vetting.suite import Suite, Test
@@ -208,8 +208,8 @@ def _describe(
     fields["lost"] = int(lost.sum())
     fields["gained"] = int(((x == 0) & (y == 1)).sum())
     fields["both"] = int(((x == 1) & (y == 1)).sum())
-    fields["mcnemar"] = paired.mcnemar(fields["lost"], fields["gained"])
-    bounds = paired.flip_bounds(
+    fields["mcnemar"] = flips.mcnemar(fields["lost"], fields["gained"])
+    bounds = flips.flip_bounds(
       lost.astype(np.float64), alpha=policy.alpha, clusters=clusters
     )
     fields["flip_bound"] = bounds[1]
@@ -234,14 +234,14 @@ def _protected_row(
   if found.p_above <= policy.alpha:
     parts.append(("pass", "", None))
   elif found.p_below <= policy.alpha:
-    parts.append(("fail", _worse(fields, margin), None))
+    parts.append(("fail", advice.worse(fields, margin), None))
   else:
-    parts.append(_noninferior_advice(found, fields, margin, policy, power))
+    parts.append(advice.noninferiority(found, fields, margin, policy, power))
 
   cap = policy.cap_of(test.name, name)
   if fields["lost"] is not None and cap is not None:
     fields["flip_cap"] = cap
-    parts.append(_flip_result(fields, bounds, cap, policy))
+    parts.append(advice.flips(fields, bounds, cap, policy))
 
   order = ("fail", "undecided", "pass")
   result = min((part[0] for part in parts), key=order.index)
@@ -254,89 +254,6 @@ def _protected_row(
     if None not in more:
       fields["more"] = max(more)
   return Row(role="protected", result=result, **fields)
-
-
-def _worse(fields: dict[str, Any], margin: float) -> str:
-  counts = ""
-  if fields["lost"] is not None:
-    counts = f" ({fields['lost']} lost, {fields['gained']} gained)"
-  return (
-    f"worse by more than the margin of {margin:g}: "
-    f"{fields['difference']:+.3f}{counts} on {fields['n']} examples"
-  )
-
-
-def _noninferior_advice(
-  found: paired.Paired,
-  fields: dict[str, Any],
-  margin: float,
-  policy: Policy,
-  power: float,
-) -> tuple[str, str, int | None]:
-  """Why non-inferiority is open, and how many examples would settle it."""
-  n, d = fields["n"], found.difference
-  floor = 2
-  if found.binary:
-    floor = planning.smallest(margin, alpha=policy.alpha)
-  if found.units < 2:
-    reason = f"{n} examples in {found.units} unit show nothing"
-    return "undecided", reason, None
-  spread = found.variance + d * d  # rho for 0/1 outcomes
-  if spread == 0.0 and not found.binary:
-    return "undecided", "the outcomes vary too little to judge", None
-  neutral = planning.examples(spread, margin, alpha=policy.alpha, power=power)
-  assert neutral is not None  # the margin is positive
-  needed = max(neutral, floor)
-  kind = "discordance" if found.binary else "variance of the differences"
-  if n < needed:
-    reason = (
-      f"too few examples for a margin of {margin:g}: {n}, about {needed} if "
-      f"nothing got worse ({kind} {spread:.3g}), {needed - n} more"
-    )
-    return "undecided", reason, needed - n
-  observed = planning.examples(
-    found.variance, margin + d, alpha=policy.alpha, power=power
-  )
-  if observed is None:
-    reason = (
-      f"{_loss(d)} is at the margin of {margin:g} or beyond it, though not "
-      "surely: more examples will hardly help"
-    )
-    return "undecided", reason, None
-  needed = max(observed, n + 1)
-  reason = (
-    f"{_loss(d)} uses up the margin of {margin:g}: about {needed} examples "
-    f"({needed - n} more) would decide if it is the true difference"
-  )
-  return "undecided", reason, needed - n
-
-
-def _loss(difference: float) -> str:
-  return f"the difference of {difference:+.3f}"
-
-
-def _flip_result(
-  fields: dict[str, Any],
-  bounds: tuple[float, float],
-  cap: float,
-  policy: Policy,
-) -> tuple[str, str, int | None]:
-  """Whether the bounds of the flip rate lie within the cap, and if not, why."""
-  lost, n = fields["lost"], fields["n"]
-  low, high = bounds
-  if high <= cap:
-    return "pass", "", None
-  text = f"{lost} of {n} flipped from right to wrong"
-  if low > cap:
-    return "fail", f"{text}, surely more than the cap of {cap:g}", None
-  needed = planning.smallest_for_cap(lost / n, cap, alpha=policy.alpha)
-  text += f", at most {high:.3f} where the cap is {cap:g}"
-  if needed is None:
-    return "undecided", f"{text}: more examples will hardly help", None
-  # Clustered examples are worth less than independent ones.
-  needed = max(needed, n + 1)
-  text += f": about {needed} examples ({needed - n} more) at this rate"
-  return "undecided", text, needed - n
 
 
 def _claim_rows(
@@ -361,28 +278,10 @@ def _claim_rows(
     result, reason, more = "pass", "", None
     gain = 0.0 - fields["margin"]
     if p > policy.alpha:
-      result, reason, more = _unproven(found, fields["n"], gain, policy)
+      result, reason, more = advice.claim(found, fields["n"], gain, policy)
     fields |= {"p": p, "reason": reason, "more": more}
     rows.append(Row(role="claim", result=result, **fields))
   return rows
-
-
-def _unproven(
-  found: paired.Paired, n: int, gain: float, policy: Policy
-) -> tuple[str, str, int | None]:
-  d = found.difference
-  if found.p_below <= policy.alpha:
-    reason = f"claimed to gain more than {gain:g}, and shown not to: {d:+.3f}"
-    return "fail", reason, None
-  needed = planning.examples(
-    found.variance, d - gain, alpha=policy.alpha, power=policy.power
-  )
-  reason = f"the claimed gain above {gain:g} is not shown: {d:+.3f}"
-  if needed is None:
-    return "undecided", f"{reason}; more examples will hardly help", None
-  needed = max(needed, n + 1)
-  reason += f"; about {needed} examples ({needed - n} more) if it is true"
-  return "undecided", reason, needed - n
 
 
 def holm(p: list[float]) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from patchjax.trees.errors import VetError
-from patchjax.vetting import paired
+from patchjax.vetting import flips, paired
 
 
 def plan(
@@ -163,7 +163,7 @@ def smallest_for_cap(rate: float, cap: float, *, alpha: float) -> int | None:
     return None
 
   def enough(n: int) -> bool:
-    return paired.clopper_pearson(rate * n, n, alpha=alpha)[1] <= cap
+    return flips.clopper_pearson(rate * n, n, alpha=alpha)[1] <= cap
 
   high = 1
   while not enough(high):

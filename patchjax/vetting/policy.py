@@ -133,7 +133,9 @@ class Policy:
     fields = read_json(value, _SCHEMA, "policy")
     try:
       return cls(**fields)
-    except TypeError as error:
+    except VetError:
+      raise  # of the right form, and says which number is out of range
+    except (TypeError, ValueError) as error:
       raise FormatError(f"not a policy: {error}") from error
 
 

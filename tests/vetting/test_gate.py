@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from patchjax.trees.errors import VetError
-from patchjax.vetting import Policy, Suite, Test, gate, paired, plan
+from patchjax.vetting import Policy, Suite, Test, flips, gate, paired, plan
 from patchjax.vetting.gating import holm
 from tests.reference import stats_reference as slow
 
@@ -138,7 +138,7 @@ def test_flip_advice_holds():
   old, new = pair(1000, both=600, lost=17, gained=17)
   row = judge(old, new, Policy(margin=0.05, flips=0.02)).rows[0]
   n = 1000 + row.more
-  bound = paired.clopper_pearson(0.017 * n, n, alpha=0.05)[1]
+  bound = flips.clopper_pearson(0.017 * n, n, alpha=0.05)[1]
   assert bound <= 0.02
 
 

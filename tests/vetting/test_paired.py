@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from patchjax.vetting import paired
+from patchjax.vetting import flips, paired
 from tests.reference import stats_reference as slow
 
 
@@ -137,7 +137,7 @@ def test_simulated_errors_and_power_at_the_planned_size():
 @hypothesis.given(counts(200))
 def test_clopper_pearson_inverts_the_binomial(found):
   k, _, n = found
-  low, high = paired.clopper_pearson(k, n, alpha=0.05)
+  low, high = flips.clopper_pearson(k, n, alpha=0.05)
   expected_low, expected_high = slow.clopper_pearson(k, n, 0.05)
   assert low == pytest.approx(expected_low, abs=1e-9)
   assert high == pytest.approx(expected_high, abs=1e-9)
@@ -146,21 +146,21 @@ def test_clopper_pearson_inverts_the_binomial(found):
 
 def test_clopper_pearson_without_failures_is_the_closed_form():
   for n in (1, 10, 299, 2995):
-    bound = paired.clopper_pearson(0, n, alpha=0.05)[1]
+    bound = flips.clopper_pearson(0, n, alpha=0.05)[1]
     assert bound == pytest.approx(1.0 - 0.05 ** (1.0 / n))
-  assert paired.clopper_pearson(0, 299, alpha=0.05)[1] <= 0.01
-  assert paired.clopper_pearson(0, 298, alpha=0.05)[1] > 0.01
-  assert paired.clopper_pearson(0, 2995, alpha=0.05)[1] <= 0.001
+  assert flips.clopper_pearson(0, 299, alpha=0.05)[1] <= 0.01
+  assert flips.clopper_pearson(0, 298, alpha=0.05)[1] > 0.01
+  assert flips.clopper_pearson(0, 2995, alpha=0.05)[1] <= 0.001
 
 
 @hypothesis.given(st.integers(0, 60), st.integers(0, 60))
 def test_mcnemar_counts_the_splits(b, c):
-  assert paired.mcnemar(b, c) == pytest.approx(slow.mcnemar(b, c))
+  assert flips.mcnemar(b, c) == pytest.approx(slow.mcnemar(b, c))
 
 
 def test_mcnemar_known_values():
-  assert paired.mcnemar(0, 5) > 0.05 >= paired.mcnemar(0, 6)
-  assert paired.mcnemar(10, 0) > 0.001 >= paired.mcnemar(11, 0)
+  assert flips.mcnemar(0, 5) > 0.05 >= flips.mcnemar(0, 6)
+  assert flips.mcnemar(10, 0) > 0.001 >= flips.mcnemar(11, 0)
 
 
 @hypothesis.given(counts(500))
@@ -224,13 +224,13 @@ def test_one_cluster_an_example_is_no_clustering():
 def test_clustered_flips_count_for_less():
   flips = np.repeat([1.0] * 3 + [0.0] * 57, 10)
   clusters = np.repeat(np.arange(60), 10)
-  bound = paired.flip_bounds(flips, alpha=0.05, clusters=clusters)[1]
+  bound = flips.flip_bounds(flips, alpha=0.05, clusters=clusters)[1]
   # Ten copies of each answer are one answer.
-  single = paired.clopper_pearson(3, 60, alpha=0.05)[1]
+  single = flips.clopper_pearson(3, 60, alpha=0.05)[1]
   assert bound == pytest.approx(single, rel=0.03)
-  none = paired.flip_bounds(np.zeros(600), alpha=0.05, clusters=clusters)
-  assert none == paired.clopper_pearson(0, 60, alpha=0.05)
-  one = paired.flip_bounds(flips, alpha=0.05, clusters=np.zeros(600))
+  none = flips.flip_bounds(np.zeros(600), alpha=0.05, clusters=clusters)
+  assert none == flips.clopper_pearson(0, 60, alpha=0.05)
+  one = flips.flip_bounds(flips, alpha=0.05, clusters=np.zeros(600))
   assert one[1] > 0.9
 
 

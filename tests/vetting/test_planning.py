@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from patchjax.trees.errors import VetError
-from patchjax.vetting import Policy, Suite, Test, gate, paired, planning
+from patchjax.vetting import Policy, Suite, Test, flips, gate, planning
 from patchjax.vetting.planning import plan, smallest
 
 # Examples at alpha .05, power .8, no true difference; columns: discordance.
@@ -75,6 +75,6 @@ def test_smallest_for_cap_is_tight(rate):
   n = planning.smallest_for_cap(rate, 0.01, alpha=0.05)
 
   def bound(n):
-    return paired.clopper_pearson(rate * n, n, alpha=0.05)[1]
+    return flips.clopper_pearson(rate * n, n, alpha=0.05)[1]
 
   assert bound(n) <= 0.01 < bound(n - 1)

@@ -87,8 +87,18 @@ def test_keyword_only_and_frozen():
     "{}",
     {"schema": "patchjax/policy/9"},
     {**Policy().to_json(), "unknown": 1},
+    {**Policy().to_json(), "margin": "wide"},
+    {**Policy().to_json(), "margins": ["t"]},
+    {**Policy().to_json(), "margins": "t"},
   ],
 )
 def test_from_json_refuses(value):
   with pytest.raises(FormatError, match="not a policy"):
     Policy.from_json(value)
+
+
+def test_a_written_policy_may_leave_fields_out():
+  text = '{"schema": "patchjax/policy/1", "margin": 0.02}'
+  assert Policy.from_json(text) == Policy(margin=0.02)
+  with pytest.raises(VetError, match="margin must be a positive number"):
+    Policy.from_json(text.replace("0.02", "-1"))
