@@ -159,8 +159,10 @@ def to_planes(words: np.ndarray, base: np.ndarray) -> np.ndarray:
     # Differences wrap around: that is what makes them exact.
     difference = (new[block] - old[block]).view(signed)
     zigzag = (difference << 1) ^ (difference >> (8 * itemsize - 1))
-    octets = _little(zigzag).view(np.uint8).reshape(-1, itemsize)
-    planes[:, block] = octets.T
+    zigzag = zigzag.view(words.dtype)
+    for k in range(itemsize):
+      # Assigning to a byte keeps the low eight bits.
+      planes[k, block] = zigzag >> (8 * k) & 0xFF
   return planes.reshape(itemsize, *words.shape)
 
 
@@ -176,24 +178,18 @@ def from_planes(planes: np.ndarray, base: np.ndarray) -> np.ndarray:
     >>> from_planes(to_planes(np.uint16([7, 300]), base), base).tolist()
     [7, 300]
   """
-  itemsize = base.dtype.itemsize
+  itemsize, word = base.dtype.itemsize, base.dtype.type
   old = base.reshape(-1)
   planes = planes.reshape(itemsize, -1)
   words = np.empty(old.size, base.dtype)
-  octets = np.empty((min(_BLOCK, old.size), itemsize), np.uint8)
   for start in range(0, old.size, _BLOCK):
     block = slice(start, start + _BLOCK)
-    part = octets[: old[block].size]
-    part[...] = planes[:, block].T
-    zigzag = _little(part.view(base.dtype).reshape(-1))
-    difference = (zigzag >> 1) ^ (0 - (zigzag & 1))
+    zigzag = planes[0, block].astype(base.dtype)
+    for k in range(1, itemsize):
+      zigzag |= planes[k, block].astype(base.dtype) << word(8 * k)
+    difference = (zigzag >> word(1)) ^ (word(0) - (zigzag & word(1)))
     np.add(old[block], difference, out=words[block])
   return words.reshape(base.shape)
-
-
-def _little(x: np.ndarray) -> np.ndarray:
-  """Returns `x` as little-endian bytes: planes mean the same everywhere."""
-  return x.astype(x.dtype.newbyteorder("<"), copy=False)
 
 
 def planes_pay(words: np.ndarray, base: np.ndarray) -> bool:

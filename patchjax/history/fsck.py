@@ -32,8 +32,8 @@ _REPAIR_REF = (
     "commits, listed below, are candidates"
 )
 _REPAIR_OBJECT = (
-    "copy the file from another copy of the repository; a tree comes back by "
-    "committing the same value again"
+    "remove the file, if it is there, and copy it from another copy of the "
+    "repository; a tree comes back by committing the same value again"
 )
 _REPAIR_STRANGER = "move the file out of the repository"
 _REPAIR_PACK = (

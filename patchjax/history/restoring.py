@@ -56,20 +56,27 @@ def build(
     entries: their entries.
     like: see `Repo.checkout`.
   """
+  used: set[int] = set()
+
+  def place(name: str, leaf: Any) -> Any:
+    bits = words[name]
+    if id(bits) in used:
+      # Equal leaves are read once, and must not share memory: numpy arrays
+      # can be written to, and JAX may use their memory without a copy.
+      bits = bits.copy()
+    used.add(id(bits))
+    return _place(bits, entries[name], leaf)
+
   if like is None:
-    return nested({
-        name: _place(bits, entries[name], None) for name, bits in words.items()
-    })
+    return nested({name: place(name, None) for name in words})
   import jax
 
   named, treedef = flatten(like)
-  return jax.tree.unflatten(
-      treedef,
-      [
-          _place(words[name], entries[name], leaf) if name in words else leaf
-          for name, leaf in named.items()
-      ],
-  )
+  leaves = [
+      place(name, leaf) if name in words else leaf
+      for name, leaf in named.items()
+  ]
+  return jax.tree.unflatten(treedef, leaves)
 
 
 def stored(words: np.ndarray, entry: Entry) -> Any:
@@ -88,7 +95,7 @@ def _place(words: np.ndarray, entry: Entry, like: Any) -> Any:
 
   x = stored(words, entry)
   if isinstance(like, np.ndarray | np.generic):
-    return x.copy() if x.base is not None else x
+    return x if x.flags.writeable else x.copy()
   if dtypes.is_wide(x):
     return x  # JAX would narrow it
   sharding = getattr(like, "sharding", None)

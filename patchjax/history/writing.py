@@ -8,8 +8,10 @@ else into one checkpoint.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
+import os
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -34,6 +36,8 @@ from patchjax.trees.errors import (
 # A snapshot repeats equal leaves under each of their names up to this many
 # bytes, so that who opens it with Orbax finds them all.
 _REPEATED = 64 * 1024
+
+_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +102,15 @@ class LeafWriter:
       parent: Mapping[str, Entry],
   ) -> None:
     bases = self._bases(new, parent)
+    jobs = [(leaf, bases.get(leaf.name)) for leaf in new.values()]
     arrays: dict[str, np.ndarray] = {}
     places: dict[str, Location] = {}
-    for digest, leaf in new.items():
-      base = bases.get(leaf.name)
-      if base is not None and encodings.planes_pay(leaf.words, base[0]):
-        arrays[leaf.name] = encodings.to_planes(leaf.words, base[0])
-        how = (encodings.PLANES, base[1].digest, base[1].depth + 1)
-      else:
-        arrays[leaf.name] = encodings.to_stored(leaf.words, leaf.entry.dtype)
-        how = (encodings.plain_encoding(leaf.entry.dtype), None, 0)
-      places[digest] = Location(digest, "", leaf.name, *how)
+    # numpy and zstd work outside the interpreter's lock.
+    threads = min(_THREADS, os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+      for place, array in pool.map(_encode, jobs):
+        arrays[place.key] = array
+        places[place.digest] = place
     spelled = indices.spell(places.values())
     blob = blobs.pack(arrays, spelled)
     if blob is not None:
@@ -167,6 +169,21 @@ class LeafWriter:
         for name, bits in words.items()
         if bits is not None
     }
+
+
+def _encode(
+    job: tuple[_Leaf, tuple[np.ndarray, Location] | None],
+) -> tuple[Location, np.ndarray]:
+  """Returns how one leaf is stored (in a pack to be named), and the array."""
+  leaf, base = job
+  digest, dtype = leaf.entry.digest, leaf.entry.dtype
+  if base is not None and encodings.planes_pay(leaf.words, base[0]):
+    of, depth = base[1].digest, base[1].depth + 1
+    place = Location(digest, "", leaf.name, encodings.PLANES, of, depth)
+    return place, encodings.to_planes(leaf.words, base[0])
+  plain = encodings.plain_encoding(dtype)
+  place = Location(digest, "", leaf.name, plain, None, 0)
+  return place, encodings.to_stored(leaf.words, dtype)
 
 
 def _describe(
