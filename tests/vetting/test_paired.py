@@ -222,15 +222,15 @@ def test_one_cluster_an_example_is_no_clustering():
 
 
 def test_clustered_flips_count_for_less():
-  flips = np.repeat([1.0] * 3 + [0.0] * 57, 10)
+  lost = np.repeat([1.0] * 3 + [0.0] * 57, 10)
   clusters = np.repeat(np.arange(60), 10)
-  bound = flips.flip_bounds(flips, alpha=0.05, clusters=clusters)[1]
+  bound = flips.flip_bounds(lost, alpha=0.05, clusters=clusters)[1]
   # Ten copies of each answer are one answer.
   single = flips.clopper_pearson(3, 60, alpha=0.05)[1]
   assert bound == pytest.approx(single, rel=0.03)
   none = flips.flip_bounds(np.zeros(600), alpha=0.05, clusters=clusters)
   assert none == flips.clopper_pearson(0, 60, alpha=0.05)
-  one = flips.flip_bounds(flips, alpha=0.05, clusters=np.zeros(600))
+  one = flips.flip_bounds(lost, alpha=0.05, clusters=np.zeros(600))
   assert one[1] > 0.9
 
 
