@@ -14,10 +14,10 @@ if TYPE_CHECKING:
   from patchjax.history.repo import Repo as Repo
 
 _HOME = {
-    "Commit": "objects",
-    "FsckReport": "fsck",
-    "Repo": "repo",
-    "TreeDiff": "differences",
+  "Commit": "objects",
+  "FsckReport": "fsck",
+  "Repo": "repo",
+  "TreeDiff": "differences",
 }
 
 

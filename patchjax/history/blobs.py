@@ -32,7 +32,7 @@ _TRY = 32 * LARGEST  # raw bytes beyond which compression is not even tried
 
 
 def pack(
-    arrays: Mapping[str, np.ndarray], index: dict[str, Any]
+  arrays: Mapping[str, np.ndarray], index: dict[str, Any]
 ) -> bytes | None:
   """Returns the blob of some arrays, or None if they are too large for one.
 
@@ -51,11 +51,11 @@ def pack(
     small = zlib.compress(raw, 1)
     codec, data = ("zlib", small) if len(small) < len(raw) else ("raw", raw)
     extents[key] = {
-        "codec": codec,
-        "dtype": array.dtype.name,
-        "shape": list(array.shape),
-        "start": size,
-        "stop": size + len(data),
+      "codec": codec,
+      "dtype": array.dtype.name,
+      "shape": list(array.shape),
+      "start": size,
+      "stop": size + len(data),
     }
     size += len(data)
     if size > LARGEST:
@@ -93,7 +93,7 @@ def read_header(data: bytes, name: str) -> tuple[dict[str, Any], int]:
 
 
 def unpack(
-    data: bytes, name: str, keys: Iterable[str]
+  data: bytes, name: str, keys: Iterable[str]
 ) -> dict[str, np.ndarray]:
   """Returns some arrays of a blob.
 

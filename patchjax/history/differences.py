@@ -77,7 +77,7 @@ class TreeDiff:
   def changed(self) -> tuple[str, ...]:
     """Names whose numbers, dtype or shape differ."""
     return tuple(
-        leaf.name for leaf in self.leaves if leaf.kind in ("changed", "retyped")
+      leaf.name for leaf in self.leaves if leaf.kind in ("changed", "retyped")
     )
 
   @property
@@ -91,18 +91,18 @@ class TreeDiff:
   def to_json(self) -> dict[str, Any]:
     """Returns the differences as a JSON-able dict."""
     return {
-        "same": self.same,
-        "total": self.total,
-        "count": self.count,
-        "leaves": [
-            {
-                **dataclasses.asdict(leaf),
-                "largest": leaf.largest
-                if leaf.largest is not None and math.isfinite(leaf.largest)
-                else None,
-            }
-            for leaf in self.leaves
-        ],
+      "same": self.same,
+      "total": self.total,
+      "count": self.count,
+      "leaves": [
+        {
+          **dataclasses.asdict(leaf),
+          "largest": leaf.largest
+          if leaf.largest is not None and math.isfinite(leaf.largest)
+          else None,
+        }
+        for leaf in self.leaves
+      ],
     }
 
   def __str__(self) -> str:
@@ -111,25 +111,25 @@ class TreeDiff:
     if not self.leaves:
       return f"no difference in {self.same} leaves"
     rows = [
-        (
-            leaf.name,
-            leaf.kind,
-            _spell(leaf.old, leaf.new),
-            f"{leaf.count:,}",
-            f"{100 * leaf.count / max(leaf.size, 1):.2f} %",
-            "-" if leaf.largest is None else f"{leaf.largest:.3g}",
-        )
-        for leaf in self.leaves
+      (
+        leaf.name,
+        leaf.kind,
+        _spell(leaf.old, leaf.new),
+        f"{leaf.count:,}",
+        f"{100 * leaf.count / max(leaf.size, 1):.2f} %",
+        "-" if leaf.largest is None else f"{leaf.largest:.3g}",
+      )
+      for leaf in self.leaves
     ]
     columns = ["leaf", "what", "type", "entries", "share", "max |d|"]
     return (
-        f"{table(columns, rows)}\n{len(rows)} leaves differ, {self.same} are "
-        f"equal; {self.count:,} entries of {self.total:,} differ"
+      f"{table(columns, rows)}\n{len(rows)} leaves differ, {self.same} are "
+      f"equal; {self.count:,} entries of {self.total:,} differ"
     )
 
 
 def compare(
-    old: Mapping[str, Entry], new: Mapping[str, Entry], reader: LeafReader
+  old: Mapping[str, Entry], new: Mapping[str, Entry], reader: LeafReader
 ) -> TreeDiff:
   """Returns the differences of two versions; reads only leaves that differ.
 
@@ -139,9 +139,9 @@ def compare(
     reader: reads leaves.
   """
   differing = {
-      name: (old.get(name), new.get(name))
-      for name in sorted({*old, *new})
-      if old.get(name) != new.get(name)
+    name: (old.get(name), new.get(name))
+    for name in sorted({*old, *new})
+    if old.get(name) != new.get(name)
   }
   leaves = []
   for name, (before, after) in differing.items():
@@ -159,14 +159,14 @@ def compare(
       count, largest = _numbers(words["old"], words["new"], after)
       leaves.append(LeafDiff(name, "changed", before, after, count, largest))
   return TreeDiff(
-      leaves=tuple(leaves),
-      same=len(set(old) & set(new) - set(differing)),
-      total=sum(entry.size for entry in new.values()),
+    leaves=tuple(leaves),
+    same=len(set(old) & set(new) - set(differing)),
+    total=sum(entry.size for entry in new.values()),
   )
 
 
 def _numbers(
-    old: np.ndarray, new: np.ndarray, entry: Entry
+  old: np.ndarray, new: np.ndarray, entry: Entry
 ) -> tuple[int, float | None]:
   differs = old != new
   if differs.ndim > len(entry.shape):  # complex numbers and keys: any word
@@ -178,8 +178,8 @@ def _numbers(
   wide = np.complex128 if kind.words == 2 else np.float64
   at = differs.reshape(-1)
   a, b = (
-      dtypes.from_words(x, entry.dtype).reshape(-1)[at].astype(wide)
-      for x in (old, new)
+    dtypes.from_words(x, entry.dtype).reshape(-1)[at].astype(wide)
+    for x in (old, new)
   )
   with np.errstate(all="ignore"):
     distance = np.abs(b - a)
@@ -189,8 +189,8 @@ def _numbers(
 
 def _spell(old: Entry | None, new: Entry | None) -> str:
   spelled = [
-      f"{entry.dtype}[{','.join(map(str, entry.shape))}]"
-      for entry in (old, new)
-      if entry is not None
+    f"{entry.dtype}[{','.join(map(str, entry.shape))}]"
+    for entry in (old, new)
+    if entry is not None
   ]
   return " -> ".join(dict.fromkeys(spelled))

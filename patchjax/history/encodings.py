@@ -38,9 +38,9 @@ _STRIPS, _STRIP = 4, 4096  # words measured: evenly spread strips
 
 # What TensorStore's zarr3 driver and numpy both know.
 _NATIVE = frozenset(
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32"
-    " float64 bfloat16 complex64 complex128 float8_e4m3b11fnuz float8_e4m3fn"
-    " float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz".split()
+  "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32"
+  " float64 bfloat16 complex64 complex128 float8_e4m3b11fnuz float8_e4m3fn"
+  " float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz".split()
 )
 
 # Words of one key of JAX's own PRNGs.
@@ -73,7 +73,7 @@ def to_stored(words: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def decode(
-    stored: np.ndarray, encoding: str, dtype: str, base: np.ndarray | None
+  stored: np.ndarray, encoding: str, dtype: str, base: np.ndarray | None
 ) -> np.ndarray:
   """Returns the bit patterns of a stored leaf.
 
@@ -99,8 +99,8 @@ def decode(
     raise ValueError(f"unknown encoding {encoding!r}")
   if stored.dtype != np.uint8 or stored.shape != (word.itemsize, *base.shape):
     raise ValueError(
-        f"expected byte planes of shape {(word.itemsize, *base.shape)}, "
-        f"found {stored.dtype.name} of shape {stored.shape}"
+      f"expected byte planes of shape {(word.itemsize, *base.shape)}, "
+      f"found {stored.dtype.name} of shape {stored.shape}"
     )
   return from_planes(stored, base)
 
@@ -225,26 +225,26 @@ def compressed(x: np.ndarray) -> int:
 
   octets = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
   array = ts.open(
-      {
-          "driver": "zarr3",
-          "kvstore": {"driver": "memory", "path": "sample/"},
-          "metadata": {
-              "shape": [octets.size],
-              "data_type": "uint8",
-              "chunk_grid": {
-                  "name": "regular",
-                  "configuration": {"chunk_shape": [octets.size]},
-              },
-              # Orbax's own choice for its checkpoints.
-              "codecs": [
-                  {"name": "bytes"},
-                  {"name": "zstd", "configuration": {"level": 3}},
-              ],
-          },
-          "store_data_equal_to_fill_value": True,
+    {
+      "driver": "zarr3",
+      "kvstore": {"driver": "memory", "path": "sample/"},
+      "metadata": {
+        "shape": [octets.size],
+        "data_type": "uint8",
+        "chunk_grid": {
+          "name": "regular",
+          "configuration": {"chunk_shape": [octets.size]},
+        },
+        # Orbax's own choice for its checkpoints.
+        "codecs": [
+          {"name": "bytes"},
+          {"name": "zstd", "configuration": {"level": 3}},
+        ],
       },
-      create=True,
-      context=ts.Context(),
+      "store_data_equal_to_fill_value": True,
+    },
+    create=True,
+    context=ts.Context(),
   ).result()
   array.write(octets).result()
   return len(array.kvstore.read("c/0").result().value)

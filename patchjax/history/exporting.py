@@ -39,25 +39,25 @@ def export(repo: Repo, ref: str, path: str) -> None:
   held = {name: entry for name, entry in entries.items() if entry.size}
   if not held:
     raise RepositoryError(
-        f"version {ref!r} has zero-size leaves only, which Orbax cannot hold"
+      f"version {ref!r} has zero-size leaves only, which Orbax cannot hold"
     )
   words = repo._reader.read(held)
   arrays = {
-      name: encodings.to_stored(words[name], entry.dtype)
-      for name, entry in held.items()
+    name: encodings.to_stored(words[name], entry.dtype)
+    for name, entry in held.items()
   }
   metadata = {
-      "commit": commit.id,
-      "words": {
-          name: entry.dtype
-          for name, entry in held.items()
-          if encodings.plain_encoding(entry.dtype) == encodings.WORDS
-      },
-      "zero_size": {
-          name: {"dtype": entry.dtype, "shape": list(entry.shape)}
-          for name, entry in entries.items()
-          if not entry.size
-      },
+    "commit": commit.id,
+    "words": {
+      name: entry.dtype
+      for name, entry in held.items()
+      if encodings.plain_encoding(entry.dtype) == encodings.WORDS
+    },
+    "zero_size": {
+      name: {"dtype": entry.dtype, "shape": list(entry.shape)}
+      for name, entry in entries.items()
+      if not entry.size
+    },
   }
   payloads.save(path, _spell(arrays), metadata=metadata)
 

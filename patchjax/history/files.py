@@ -89,9 +89,9 @@ class Files:
     for folder, folders, names in os.walk(self.root):
       place = os.path.relpath(folder, self.root).replace(os.sep, "/")
       found += [
-          name if place == "." else f"{place}/{name}"
-          for name in folders + names
-          if is_temporary(name) and not name.endswith(_LOCK)
+        name if place == "." else f"{place}/{name}"
+        for name in folders + names
+        if is_temporary(name) and not name.endswith(_LOCK)
       ]
     return sorted(found)
 
@@ -157,21 +157,19 @@ class Files:
 
     try:
       store = ts.KvStore.open(
-          {"driver": "file", "path": self.root.rstrip("/") + "/"}
+        {"driver": "file", "path": self.root.rstrip("/") + "/"}
       ).result()
       found = store.read(key).result()
       seen = bytes(found.value) if found.state == "value" else None
       if seen != old:
         return False
       # A lost swap does not raise: it answers with an empty generation.
-      written = store.write(
-          key, new, if_equal=found.stamp.generation
-      ).result()
+      written = store.write(key, new, if_equal=found.stamp.generation).result()
     except (ValueError, OSError, NotImplementedError) as error:
       raise RepositoryError(
-          f"could not write {self.path(key)}: {error}\n"
-          "free some space or make the path writable, and try again; what "
-          "was written so far stays invisible"
+        f"could not write {self.path(key)}: {error}\n"
+        "free some space or make the path writable, and try again; what "
+        "was written so far stays invisible"
       ) from error
     return written.generation != b""
 
@@ -188,9 +186,9 @@ def is_temporary(name: str) -> bool:
   """
   # The last is Orbax's: `<name>.orbax-checkpoint-tmp`.
   return (
-      name.startswith(TEMPORARY)
-      or name.endswith(_LOCK)
-      or ".orbax-checkpoint-tmp" in name
+    name.startswith(TEMPORARY)
+    or name.endswith(_LOCK)
+    or ".orbax-checkpoint-tmp" in name
   )
 
 

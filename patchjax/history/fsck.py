@@ -28,22 +28,22 @@ _Step = tuple[str, str, str, _Place]  # object id, its kind, who needs it, where
 _BATCH = 256 << 20  # bytes of leaves verified at a time
 
 _REPAIR_REF = (
-    "write the id of its last commit and a newline into the file; dangling "
-    "commits, listed below, are candidates"
+  "write the id of its last commit and a newline into the file; dangling "
+  "commits, listed below, are candidates"
 )
 _REPAIR_OBJECT = (
-    "remove the file, if it is there, and copy it from another copy of the "
-    "repository; a tree comes back by committing the same value again"
+  "remove the file, if it is there, and copy it from another copy of the "
+  "repository; a tree comes back by committing the same value again"
 )
 _REPAIR_STRANGER = "move the file out of the repository"
 _REPAIR_PACK = (
-    "copy it from another copy of the repository; or move it out of this one "
-    "and commit a good copy of the value: leaves are found by content, so "
-    "every version that shares them is whole again"
+  "copy it from another copy of the repository; or move it out of this one "
+  "and commit a good copy of the value: leaves are found by content, so "
+  "every version that shares them is whole again"
 )
 _REPAIR_COPY = (
-    "another place holds the leaf intact, and is read instead; move the "
-    "damaged payload or blob out of the repository"
+  "another place holds the leaf intact, and is read instead; move the "
+  "damaged payload or blob out of the repository"
 )
 
 
@@ -95,24 +95,22 @@ class FsckReport:
     lines = [f"verified {counts}"]
     for problem in self.problems:
       lines += [
-          f"{problem.kind} {problem.where}",
-          f"  {problem.what}",
-          f"  repair: {problem.repair}",
+        f"{problem.kind} {problem.where}",
+        f"  {problem.what}",
+        f"  repair: {problem.repair}",
       ]
     if self.dangling:
       lines.append(f"{len(self.dangling)} dangling (harmless): unreferenced")
     if self.leftovers:
       lines.append(
-          f"{len(self.leftovers)} leftovers of interrupted writers (harmless; "
-          "may be deleted while nobody writes)"
+        f"{len(self.leftovers)} leftovers of interrupted writers (harmless; "
+        "may be deleted while nobody writes)"
       )
     lines.append("ok" if self.ok else f"{len(self.problems)} problem(s)")
     return "\n".join(lines)
 
 
-def check(
-    repo: Repo, *, progress: Progress | None = None
-) -> FsckReport:
+def check(repo: Repo, *, progress: Progress | None = None) -> FsckReport:
   """Verifies a whole repository.
 
   Args:
@@ -152,22 +150,22 @@ class _Check:
     packs = self._packs()
     used = self._leaves()
     dangling = [
-        f"{kind} {name}"
-        for name, kind in self.kinds.items()
-        if name not in self.needed
+      f"{kind} {name}"
+      for name, kind in self.kinds.items()
+      if name not in self.needed
     ]
     dangling += [pack for pack in packs if pack not in used]
     return FsckReport(
-        problems=tuple(self.problems),
-        counts={
-            "refs": len(refs),
-            "commits": commits,
-            "objects": len(names),
-            "packs": len(packs),
-            "leaves": len(self.leaves),
-        },
-        dangling=tuple(sorted(dangling)),
-        leftovers=tuple(self.repo.files.leftovers()),
+      problems=tuple(self.problems),
+      counts={
+        "refs": len(refs),
+        "commits": commits,
+        "objects": len(names),
+        "packs": len(packs),
+        "leaves": len(self.leaves),
+      },
+      dangling=tuple(sorted(dangling)),
+      leftovers=tuple(self.repo.files.leftovers()),
     )
 
   def _bad(self, kind: str, where: str, what: str, repair: str) -> None:
@@ -209,8 +207,8 @@ class _Check:
   def _reach(self, refs: Mapping[str, str]) -> int:
     """Follows every ref to all it needs; returns the number of commits."""
     stack = [
-        (id_, "note" if ref.startswith(NOTES) else "commit", ref, ())
-        for ref, id_ in refs.items()
+      (id_, "note" if ref.startswith(NOTES) else "commit", ref, ())
+      for ref, id_ in refs.items()
     ]
     while stack:
       name, kind, user, place = stack.pop()
@@ -221,10 +219,10 @@ class _Check:
       if found is None:
         if not self.repo.files.exists(key_of(name)):
           self._bad(
-              "object",
-              key_of(name),
-              f"the {kind} {name[:12]} is missing; {user} needs it",
-              _REPAIR_OBJECT,
+            "object",
+            key_of(name),
+            f"the {kind} {name[:12]} is missing; {user} needs it",
+            _REPAIR_OBJECT,
           )
         continue  # damaged ones are reported already
       if kind not in (found, "file"):
@@ -259,9 +257,7 @@ class _Check:
           needs.append((item, "tree", f"tree {name[:12]}", here))
         elif item.size:
           self.leaves.setdefault(item.digest, item)
-          self.names.setdefault(
-              item.digest, f"{here[0]}: {'/'.join(here[1:])}"
-          )
+          self.names.setdefault(item.digest, f"{here[0]}: {'/'.join(here[1:])}")
     return needs
 
   def _packs(self) -> list[str]:

@@ -34,8 +34,8 @@ def resolve(text: str, refs: Refs, objects: Objects) -> str:
   match = _REVISION.fullmatch(text)
   if match is None:
     raise RefNotFoundError(
-        f"{text!r} is no revision: expected a branch, tag or commit id, "
-        "optionally followed by ~n or ^n"
+      f"{text!r} is no revision: expected a branch, tag or commit id, "
+      "optionally followed by ~n or ^n"
     )
   found = _start(match["start"], refs, objects)
   for kind, digits in _STEP.findall(match["steps"]):
@@ -62,15 +62,15 @@ def _start(text: str, refs: Refs, objects: Objects) -> str:
       return commits[0]
     if commits:
       raise RefNotFoundError(
-          f"{text!r} is ambiguous: found the commits "
-          + ", ".join(name[: len(text) + 6] for name in commits)
-          + "; give more digits"
+        f"{text!r} is ambiguous: found the commits "
+        + ", ".join(name[: len(text) + 6] for name in commits)
+        + "; give more digits"
       )
   branches = ", ".join(refs.names(HEADS)) or "none"
   tags = ", ".join(refs.names(TAGS)) or "none"
   raise RefNotFoundError(
-      f"there is no branch, tag or commit {text!r}; "
-      f"branches: {branches}; tags: {tags}"
+    f"there is no branch, tag or commit {text!r}; "
+    f"branches: {branches}; tags: {tags}"
   )
 
 
@@ -86,8 +86,8 @@ def _parent(text: str, name: str, number: int, objects: Objects) -> str:
   parents = objects.commit(name).parents
   if len(parents) < number:
     raise RefNotFoundError(
-        f"{text!r} goes too far: commit {name[:12]} has {len(parents)} "
-        f"parent(s), asked for number {number}"
+      f"{text!r} goes too far: commit {name[:12]} has {len(parents)} "
+      f"parent(s), asked for number {number}"
     )
   return parents[number - 1]
 
@@ -147,6 +147,6 @@ def merge_bases(tips: Sequence[str], objects: Objects) -> list[str]:
   common = set.intersection(*(ancestors([tip], objects) for tip in tips))
   # What lies behind a common ancestor is common, but not best.
   behind = {
-      parent for name in common for parent in objects.commit(name).parents
+    parent for name in common for parent in objects.commit(name).parents
   }
   return sorted(common - behind)

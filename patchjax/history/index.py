@@ -61,13 +61,13 @@ def spell(locations: Iterable[Location]) -> dict[str, Any]:
     locations: the leaves of one payload or blob.
   """
   return {
-      loc.digest: {
-          "base": loc.base,
-          "depth": loc.depth,
-          "encoding": loc.encoding,
-          "key": loc.key,
-      }
-      for loc in locations
+    loc.digest: {
+      "base": loc.base,
+      "depth": loc.depth,
+      "encoding": loc.encoding,
+      "key": loc.key,
+    }
+    for loc in locations
   }
 
 
@@ -109,14 +109,14 @@ def read(files: Files, pack: str) -> list[Location]:
       raise IntegrityError(f"index of {pack} is damaged: {error}") from error
     if version != 1:
       raise IntegrityError(
-          f"index of {pack}: expected version 1, found {version!r}; it was "
-          "written by a newer patchjax: upgrade"
+        f"index of {pack}: expected version 1, found {version!r}; it was "
+        "written by a newer patchjax: upgrade"
       )
     found = hashlib.sha256(canonical_json(entries)).hexdigest()
     if checksum != found:
       raise IntegrityError(
-          f"index of {pack} is damaged: expected the digest {checksum}, found "
-          f"{found}"
+        f"index of {pack} is damaged: expected the digest {checksum}, found "
+        f"{found}"
       )
   return [Location(digest=d, pack=pack, **item) for d, item in entries.items()]
 
@@ -137,9 +137,9 @@ class Index:
   def packs(self) -> list[str]:
     """Returns every payload (with an index) and every blob."""
     payloads = [
-        f"payloads/{name}"
-        for name in self.files.names("payloads")
-        if self.files.exists(f"payloads/{name}/{INDEX}")
+      f"payloads/{name}"
+      for name in self.files.names("payloads")
+      if self.files.exists(f"payloads/{name}/{INDEX}")
     ]
     return payloads + [f"blobs/{name}" for name in self.files.names("blobs")]
 
@@ -156,15 +156,15 @@ class Index:
     """
     with self._database() as database:
       return {
-          digest: [
-              Location(*row)
-              for row in database.execute(
-                  "select digest, pack, key, encoding, base, depth from"
-                  " locations where digest = ? order by depth, pack",
-                  (digest,),
-              )
-          ]
-          for digest in digests
+        digest: [
+          Location(*row)
+          for row in database.execute(
+            "select digest, pack, key, encoding, base, depth from"
+            " locations where digest = ? order by depth, pack",
+            (digest,),
+          )
+        ]
+        for digest in digests
       }
 
   def forget(self) -> None:
@@ -205,7 +205,7 @@ class Index:
     except (OSError, sqlite3.OperationalError):
       # A repository on a read-only or full disk can still be read.
       database = self._memory = sqlite3.connect(
-          ":memory:", check_same_thread=False
+        ":memory:", check_same_thread=False
       )
       database.executescript(_TABLES)
     return database
@@ -231,12 +231,12 @@ class Index:
       database.executemany("delete from locations where pack = ?", gone)
       database.executemany("delete from packs where pack = ?", gone)
       database.executemany(
-          "insert or replace into locations values (?, ?, ?, ?, ?, ?)",
-          [
-              (loc.digest, loc.pack, loc.key, loc.encoding, loc.base, loc.depth)
-              for loc in found
-          ],
+        "insert or replace into locations values (?, ?, ?, ?, ?, ?)",
+        [
+          (loc.digest, loc.pack, loc.key, loc.encoding, loc.base, loc.depth)
+          for loc in found
+        ],
       )
       database.executemany(
-          "insert or replace into packs values (?)", [(pack,) for pack in new]
+        "insert or replace into packs values (?)", [(pack,) for pack in new]
       )

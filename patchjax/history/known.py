@@ -19,7 +19,7 @@ _BLOCK = 1 << 20  # bytes compared at a time: a change is found early
 
 _by_identity: dict[int, tuple[weakref.ref[Any], Entry]] = {}
 _by_digest: weakref.WeakValueDictionary[str, Any] = (
-    weakref.WeakValueDictionary()
+  weakref.WeakValueDictionary()
 )
 
 
@@ -87,10 +87,10 @@ def entry_of(x: Any, parent: Entry | None) -> Entry:
   words, dtype = dtypes.host(x)
   shape = tuple(np.shape(x))
   if (
-      parent is not None
-      and (parent.dtype, parent.shape) == (dtype, shape)
-      and (old := words_of(parent.digest)) is not None
-      and _equal(words, old)
+    parent is not None
+    and (parent.dtype, parent.shape) == (dtype, shape)
+    and (old := words_of(parent.digest)) is not None
+    and _equal(words, old)
   ):
     entry = parent
   else:
@@ -105,6 +105,6 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
   a, b = a.reshape(-1), b.reshape(-1)
   step = _BLOCK // a.itemsize
   return all(
-      np.array_equal(a[start : start + step], b[start : start + step])
-      for start in range(0, a.size, step)
+    np.array_equal(a[start : start + step], b[start : start + step])
+    for start in range(0, a.size, step)
   )

@@ -10,9 +10,9 @@ import socket
 
 from patchjax.history.files import Files
 from patchjax.trees.errors import (
-    FormatError,
-    NotARepositoryError,
-    RepositoryError,
+  FormatError,
+  NotARepositoryError,
+  RepositoryError,
 )
 
 MARKER = "patchjax.json"
@@ -31,8 +31,8 @@ def local(path: str | os.PathLike[str]) -> str:
   text = os.fspath(path)
   if "://" in text:
     raise RepositoryError(
-        f"{text!r} is a URL: a repository lives in a local folder; copy it "
-        "there, or mount the bucket"
+      f"{text!r} is a URL: a repository lives in a local folder; copy it "
+      "there, or mount the bucket"
     )
   return os.path.abspath(os.path.expanduser(text))
 
@@ -52,8 +52,8 @@ def create(files: Files) -> None:
   os.makedirs(files.root, exist_ok=True)
   if found := files.names(".")[:5]:
     raise RepositoryError(
-        f"{files.root} is not empty and no repository: found "
-        f"{', '.join(found)}; choose a new folder"
+      f"{files.root} is not empty and no repository: found "
+      f"{', '.join(found)}; choose a new folder"
     )
   spelled = {"format": "patchjax repository", "version": VERSION}
   files.write(MARKER, (json.dumps(spelled) + "\n").encode())
@@ -74,22 +74,22 @@ def check(files: Files) -> None:
   except (FileNotFoundError, NotADirectoryError) as error:
     what = "is no" if os.path.isdir(files.root) else "does not exist, so no"
     raise NotARepositoryError(
-        f"{files.root} {what} patchjax repository (expected the file "
-        f"{MARKER} in it); create one with `patchjax init`, or name another "
-        "folder with -C"
+      f"{files.root} {what} patchjax repository (expected the file "
+      f"{MARKER} in it); create one with `patchjax init`, or name another "
+      "folder with -C"
     ) from error
   try:
     version = json.loads(data)["version"]
   except (ValueError, TypeError, KeyError) as error:
     raise FormatError(
-        f"{files.path(MARKER)} is damaged: expected "
-        f'{{"format": "patchjax repository", "version": {VERSION}}}, found '
-        f"{data[:80]!r}; write that line into it"
+      f"{files.path(MARKER)} is damaged: expected "
+      f'{{"format": "patchjax repository", "version": {VERSION}}}, found '
+      f"{data[:80]!r}; write that line into it"
     ) from error
   if version != VERSION:
     raise FormatError(
-        f"{files.root}: expected repository version {VERSION}, found "
-        f"{version!r}; it was written by a newer patchjax: upgrade"
+      f"{files.root}: expected repository version {VERSION}, found "
+      f"{version!r}; it was written by a newer patchjax: upgrade"
     )
 
 

@@ -35,29 +35,29 @@ def merge_base(repo: Repo, refs: Sequence[str]) -> str:
   names = ", ".join(refs)
   if not found:
     raise RepositoryError(
-        f"{names} have no common ancestor: expected one commit that all were "
-        "made from; name the value they differ from with base="
+      f"{names} have no common ancestor: expected one commit that all were "
+      "made from; name the value they differ from with base="
     )
   listed = "\n".join(
-      f"  {name[:12]} {repo.objects.commit(name).title}" for name in found
+    f"  {name[:12]} {repo.objects.commit(name).title}" for name in found
   )
   raise RepositoryError(
-      f"{names} have {len(found)} merge bases (they were merged criss-cross):\n"
-      f"{listed}\nsay which one the contributions are measured from: base=..."
+    f"{names} have {len(found)} merge bases (they were merged criss-cross):\n"
+    f"{listed}\nsay which one the contributions are measured from: base=..."
   )
 
 
 def merge(
-    repo: Repo,
-    target: str,
-    refs: Sequence[str],
-    *,
-    method: Any,
-    base: str | None = None,
-    message: str | None = None,
-    author: str | None = None,
-    time: datetime.datetime | float | None = None,
-    fast_forward: bool = True,
+  repo: Repo,
+  target: str,
+  refs: Sequence[str],
+  *,
+  method: Any,
+  base: str | None = None,
+  message: str | None = None,
+  author: str | None = None,
+  time: datetime.datetime | float | None = None,
+  fast_forward: bool = True,
 ) -> str:
   """Merges versions into a branch and returns the commit id.
 
@@ -102,37 +102,37 @@ def merge(
   base_id = merge_base(repo, tips) if base is None else repo.resolve(base)
   base_commit = objects.commit(base_id)
   contributing = [
-      commit
-      for commit in map(objects.commit, tips)
-      if commit.tree != base_commit.tree
+    commit
+    for commit in map(objects.commit, tips)
+    if commit.tree != base_commit.tree
   ]
   if (
-      fast_forward
-      and len(tips) == 2
-      and tip in graph.ancestors([tips[1]], objects)
+    fast_forward
+    and len(tips) == 2
+    and tip in graph.ancestors([tips[1]], objects)
   ):
     repo.refs.move(HEADS, target, old=tip, new=tips[1])
     return tips[1]
   named = _merged(repo, base_commit, contributing, method, fast_forward)
   return repo._commit(
-      named,
-      objects.tree(objects.commit(tip).tree),
-      branch=target,
-      expected=tip,
-      parents=tuple(tips),
-      message=message or f"Merge {', '.join(refs)} into {target}",
-      author=author,
-      time=time,
-      recipe=_recipe(method, base_id, contributing),
+    named,
+    objects.tree(objects.commit(tip).tree),
+    branch=target,
+    expected=tip,
+    parents=tuple(tips),
+    message=message or f"Merge {', '.join(refs)} into {target}",
+    author=author,
+    time=time,
+    recipe=_recipe(method, base_id, contributing),
   )
 
 
 def _merged(
-    repo: Repo,
-    base: Commit,
-    contributing: Sequence[Commit],
-    method: Any,
-    fast_forward: bool,
+  repo: Repo,
+  base: Commit,
+  contributing: Sequence[Commit],
+  method: Any,
+  fast_forward: bool,
 ) -> Mapping[str, Any]:
   """Returns the leaves of the merged value."""
   from patchjax.trees.check import check_named
@@ -148,31 +148,31 @@ def _merged(
     found = repo.objects.tree(commit.tree)
     check_named(expected, found, what=f"commit {commit.id[:12]}")
   value = merging.merge(
-      repo.checkout(base.id),
-      [repo.checkout(commit.id) for commit in contributing],
-      method,
+    repo.checkout(base.id),
+    [repo.checkout(commit.id) for commit in contributing],
+    method,
   )
   return named_leaves(value)
 
 
 def _recipe(
-    method: Any, base: str, contributing: Sequence[Commit]
+  method: Any, base: str, contributing: Sequence[Commit]
 ) -> dict[str, Any]:
   """Returns the account of a merge; enough to compute it again."""
   import jax
 
   return {
-      "kind": "merge",
-      "spec": _plain(method.spec),
-      "numbers": _plain(method.numbers),
-      "base": base,
-      "contributors": [commit.id for commit in contributing],
-      "backend": jax.default_backend(),
-      "versions": {
-          name: importlib.metadata.version(name)
-          for name in _VERSIONED
-          if _installed(name)
-      },
+    "kind": "merge",
+    "spec": _plain(method.spec),
+    "numbers": _plain(method.numbers),
+    "base": base,
+    "contributors": [commit.id for commit in contributing],
+    "backend": jax.default_backend(),
+    "versions": {
+      name: importlib.metadata.version(name)
+      for name in _VERSIONED
+      if _installed(name)
+    },
   }
 
 

@@ -17,14 +17,14 @@ _TRIES = 100  # each lost race means that somebody else's note was written
 
 
 def add(
-    objects: Objects,
-    refs: Refs,
-    commit: str,
-    *,
-    kind: str,
-    payload: Any,
-    author: str,
-    time: str,
+  objects: Objects,
+  refs: Refs,
+  commit: str,
+  *,
+  kind: str,
+  payload: Any,
+  author: str,
+  time: str,
 ) -> str:
   """Attaches a note to a commit and returns the id of the note.
 
@@ -45,13 +45,13 @@ def add(
   for attempt in range(_TRIES):
     previous = refs.get(NOTES, commit)
     spelled = {
-        "type": "note",
-        "commit": commit,
-        "kind": kind,
-        "payload": payload,
-        "author": author,
-        "time": time,
-        "previous": previous,
+      "type": "note",
+      "commit": commit,
+      "kind": kind,
+      "payload": payload,
+      "author": author,
+      "time": time,
+      "previous": previous,
     }
     note = objects.write(canonical_json(spelled))
     try:
@@ -65,7 +65,7 @@ def add(
 
 
 def read(
-    objects: Objects, refs: Refs, commit: str, kind: str | None
+  objects: Objects, refs: Refs, commit: str, kind: str | None
 ) -> list[dict[str, Any]]:
   """Returns the notes of a commit, oldest first, each with its `id`.
 

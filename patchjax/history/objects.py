@@ -69,25 +69,25 @@ class Commit:
 
 
 def commit_bytes(
-    *,
-    tree: str,
-    parents: tuple[str, ...],
-    message: str,
-    author: str,
-    time: str,
-    recipe: dict[str, Any] | None,
-    patch: str | None,
+  *,
+  tree: str,
+  parents: tuple[str, ...],
+  message: str,
+  author: str,
+  time: str,
+  recipe: dict[str, Any] | None,
+  patch: str | None,
 ) -> bytes:
   """Returns the bytes of a commit object; arguments as in `Commit`."""
   from patchjax.trees.digest import canonical_json
 
   spelled: dict[str, Any] = {
-      "type": "commit",
-      "tree": tree,
-      "parents": list(parents),
-      "message": message,
-      "author": author,
-      "time": time,
+    "type": "commit",
+    "tree": tree,
+    "parents": list(parents),
+    "message": message,
+    "author": author,
+    "time": time,
   }
   # Absent rather than null: an id does not depend on features unused.
   if recipe is not None:
@@ -144,7 +144,7 @@ class Objects:
     self._commits: dict[str, Commit] = {}
     # Folders of recent trees: a commit starts from those of its parent.
     self._folders: collections.OrderedDict[str, dict[str, Entry | str]] = (
-        collections.OrderedDict()
+      collections.OrderedDict()
     )
 
   def write(self, data: bytes) -> str:
@@ -163,11 +163,13 @@ class Objects:
     Args:
       objects: `{id: bytes}`.
     """
-    self.files.write_all({
+    self.files.write_all(
+      {
         key_of(name): data
         for name, data in objects.items()
         if not self._holds(name, len(data))
-    })
+      }
+    )
 
   def _holds(self, name: str, size: int) -> bool:
     # A damaged file of another length is written over; fsck finds the rest.
@@ -190,16 +192,16 @@ class Objects:
       data = self.files.read(key_of(name))
     except FileNotFoundError as error:
       raise IntegrityError(
-          f"object {name} is missing: expected the file {path}; "
-          "copy it from another copy of the repository, or commit the same "
-          "value again"
+        f"object {name} is missing: expected the file {path}; "
+        "copy it from another copy of the repository, or commit the same "
+        "value again"
       ) from error
     found = id_of(data)
     if found != name:
       raise IntegrityError(
-          f"object {name} is damaged: the bytes of {path} have the digest "
-          f"{found}; remove the file, then copy it from another copy of the "
-          "repository, or commit the same value again"
+        f"object {name} is damaged: the bytes of {path} have the digest "
+        f"{found}; remove the file, then copy it from another copy of the "
+        "repository, or commit the same value again"
       )
     return data
 
@@ -211,9 +213,7 @@ class Objects:
     except (ValueError, TypeError, KeyError) as error:
       raise IntegrityError(f"object {name} is no {kind}") from error
     if found != kind:
-      raise IntegrityError(
-          f"object {name}: expected a {kind}, found a {found}"
-      )
+      raise IntegrityError(f"object {name}: expected a {kind}, found a {found}")
     return spelled
 
   def commit(self, name: str) -> Commit:
@@ -258,10 +258,10 @@ class Objects:
       self._folders.move_to_end(name)
       return self._folders[name]
     folder: dict[str, Entry | str] = {
-        part: item["tree"]
-        if "tree" in item
-        else Entry(item["digest"], item["dtype"], tuple(item["shape"]))
-        for part, item in self._read_json(name, "tree")["entries"].items()
+      part: item["tree"]
+      if "tree" in item
+      else Entry(item["digest"], item["dtype"], tuple(item["shape"]))
+      for part, item in self._read_json(name, "tree")["entries"].items()
     }
     self._folders[name] = folder
     if len(self._folders) > _FOLDERS:
@@ -299,7 +299,7 @@ class Objects:
     """
     folder = f"objects/{prefix[:2]}"
     return [
-        prefix[:2] + name
-        for name in self.files.names(folder)
-        if name.startswith(prefix[2:])
+      prefix[:2] + name
+      for name in self.files.names(folder)
+      if name.startswith(prefix[2:])
     ]

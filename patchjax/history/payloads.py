@@ -22,16 +22,24 @@ import numpy as np
 
 from patchjax.trees.errors import FormatError, IntegrityError, RepositoryError
 
-# What Orbax and TensorStore raise when a disk is full, a path is gone or a
-# chunk does not decode.
-_STORAGE_ERRORS = (ValueError, OSError, RuntimeError, KeyError)
+# What Orbax and TensorStore raise when a disk is full, a path is gone, a chunk
+# does not decode, or Orbax's own metadata were changed (it trusts their types).
+_STORAGE_ERRORS = (
+  AssertionError,
+  AttributeError,
+  LookupError,
+  OSError,
+  RuntimeError,
+  TypeError,
+  ValueError,
+)
 
 
 def save(
-    path: str,
-    arrays: Mapping[str, Any],
-    *,
-    metadata: dict[str, Any] | None = None,
+  path: str,
+  arrays: Mapping[str, Any],
+  *,
+  metadata: dict[str, Any] | None = None,
 ) -> None:
   """Writes arrays as an Orbax checkpoint: all of it or nothing.
 
@@ -54,9 +62,9 @@ def save(
       if leftover.startswith(name):
         shutil.rmtree(os.path.join(folder, leftover), ignore_errors=True)
     raise RepositoryError(
-        f"could not write the checkpoint {path}: {_brief(error)}\n"
-        "free some space or make the path writable, and try again; nothing "
-        "was left half-written"
+      f"could not write the checkpoint {path}: {_brief(error)}\n"
+      "free some space or make the path writable, and try again; nothing "
+      "was left half-written"
     ) from error
 
 
@@ -82,7 +90,7 @@ def load(path: str, keys: Iterable[str]) -> dict[str, np.ndarray]:
       found = ocp.load(path, dict.fromkeys(keys, np.ndarray))
   except _STORAGE_ERRORS as error:
     raise IntegrityError(
-        f"payload {path} cannot be read: {_brief(error)}"
+      f"payload {path} cannot be read: {_brief(error)}"
     ) from error
   # A key that is not stored comes back as what was asked for, not as data.
   return {k: found[k] for k in keys if isinstance(found.get(k), np.ndarray)}
@@ -107,13 +115,13 @@ def load_tree(path: str) -> Any:
   try:
     with _quiet():
       kinds = jax.tree.map(
-          lambda x: np.ndarray if hasattr(x, "shape") else type(x),
-          ocp.metadata(path).metadata,
+        lambda x: np.ndarray if hasattr(x, "shape") else type(x),
+        ocp.metadata(path).metadata,
       )
       return ocp.load(path, kinds)
   except _STORAGE_ERRORS as error:
     raise FormatError(
-        f"{path} is not a readable Orbax checkpoint: {_brief(error)}"
+      f"{path} is not a readable Orbax checkpoint: {_brief(error)}"
     ) from error
 
 

@@ -28,7 +28,7 @@ def is_patch(value: Any) -> bool:
 
 
 def materialise(
-    repo: Repo, value: Any, parents: tuple[str, ...], old: Mapping[str, Entry]
+  repo: Repo, value: Any, parents: tuple[str, ...], old: Mapping[str, Entry]
 ) -> tuple[dict[str, Any], str]:
   """Returns the leaves of a patched version, and the id of the patch file.
 
@@ -55,16 +55,16 @@ def materialise(
       data = file.read()
   if not parents:
     raise RepositoryError(
-        "a patch needs a version to be applied to, and the branch has none "
-        "yet; commit the base first, or name it with on="
+      "a patch needs a version to be applied to, and the branch has none "
+      "yet; commit the base first, or name it with on="
     )
   base = repo.objects.commit(parents[0])
   _check_base(repo, patch, base, old)
   touched = {name: old[name] for name in patch.names if name in old}
   words = repo._reader.read(touched)
   named: dict[str, Any] = {
-      name: stored(words[name], entry) if name in words else entry
-      for name, entry in old.items()
+    name: stored(words[name], entry) if name in words else entry
+    for name, entry in old.items()
   }
   changed = pinned.apply_named(named, patch)
   if data is None:
@@ -73,42 +73,40 @@ def materialise(
 
 
 def _check_base(
-    repo: Repo, patch: Patch, base: Commit, old: Mapping[str, Entry]
+  repo: Repo, patch: Patch, base: Commit, old: Mapping[str, Entry]
 ) -> None:
   from patchjax.trees.check import check_named
 
   if patch.structure is not None:
-    check_named(
-        patch.structure.leaves, old, what=f"the version {base.id[:12]}"
-    )
+    check_named(patch.structure.leaves, old, what=f"the version {base.id[:12]}")
   else:
     unknown = [
-        name
-        for name, delta in patch.deltas.items()
-        if name not in old and not _inserts(delta)
+      name
+      for name, delta in patch.deltas.items()
+      if name not in old and not _inserts(delta)
     ]
     if unknown:
       raise BaseMismatchError(
-          f"version {base.id[:12]} has no leaf for the patch's "
-          + ", ".join(unknown)
+        f"version {base.id[:12]} has no leaf for the patch's "
+        + ", ".join(unknown)
       )
   if patch.base in (None, base.tree):
     return
   fitting = [
-      commit.id[:12]
-      for tip in {**repo.branches(), **repo.tags()}.values()
-      for commit in repo.log(tip)
-      if commit.tree == patch.base
+    commit.id[:12]
+    for tip in {**repo.branches(), **repo.tags()}.values()
+    for commit in repo.log(tip)
+    if commit.tree == patch.base
   ]
   hint = (
-      f"it was made for {' or '.join(sorted(set(fitting)))}: commit it on=that "
-      "version to a branch of its own, and merge"
-      if fitting
-      else "no version of this repository has that value"
+    f"it was made for {' or '.join(sorted(set(fitting)))}: commit it on=that "
+    "version to a branch of its own, and merge"
+    if fitting
+    else "no version of this repository has that value"
   )
   raise BaseMismatchError(
-      f"wrong base: the patch was made for the value {patch.base[:12]}, found "
-      f"{base.tree[:12]} in commit {base.id[:12]}; {hint}"
+    f"wrong base: the patch was made for the value {patch.base[:12]}, found "
+    f"{base.tree[:12]} in commit {base.id[:12]}; {hint}"
   )
 
 
@@ -147,14 +145,14 @@ def patch_of(repo: Repo, commit: Commit) -> Patch:
       return Patch.load(path)
   if not commit.parents:
     raise RepositoryError(
-        f"commit {commit.id[:12]} is the first of its history: there is "
-        "nothing that it is a patch to"
+      f"commit {commit.id[:12]} is the first of its history: there is "
+      "nothing that it is a patch to"
     )
   parent = repo.objects.commit(commit.parents[0])
   patch = diff(
-      repo.checkout(parent.id),
-      repo.checkout(commit.id),
-      exact=True,
-      structural=True,
+    repo.checkout(parent.id),
+    repo.checkout(commit.id),
+    exact=True,
+    structural=True,
   )
   return patch.replace(base=parent.tree)

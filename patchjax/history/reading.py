@@ -47,8 +47,7 @@ class LeafReader:
     self.index.refresh()
     unique = {entry.digest: entry for entry in entries.values()}
     words = {
-        digest: empty(entry) for digest, entry in unique.items()
-        if not entry.size
+      digest: empty(entry) for digest, entry in unique.items() if not entry.size
     }
     wanted = {d: e for d, e in unique.items() if d not in words}
     plan = self._plan(wanted)
@@ -64,7 +63,7 @@ class LeafReader:
     return {name: words[entry.digest] for name, entry in entries.items()}
 
   def verify(
-      self, entries: Mapping[str, Entry]
+    self, entries: Mapping[str, Entry]
   ) -> tuple[set[str], dict[str, list[str]], set[str]]:
     """Reads leaves from every place that claims to hold them.
 
@@ -106,10 +105,10 @@ class LeafReader:
     return plan
 
   def _decode(
-      self,
-      wanted: Mapping[str, Entry],
-      plan: Mapping[str, Location],
-      why: dict[str, str],
+    self,
+    wanted: Mapping[str, Entry],
+    plan: Mapping[str, Location],
+    why: dict[str, str],
   ) -> dict[str, np.ndarray]:
     """Decodes what can be; says in `why` what cannot."""
     # A base has the dtype and shape of the leaf that is a difference to it.
@@ -119,7 +118,7 @@ class LeafReader:
       if location.base is not None and location.digest in entries:
         entry = entries[location.digest]
         entries.setdefault(
-            location.base, Entry(location.base, entry.dtype, entry.shape)
+          location.base, Entry(location.base, entry.dtype, entry.shape)
         )
     keys = collections.defaultdict(set)
     uses = collections.Counter(wanted.keys())
@@ -135,9 +134,7 @@ class LeafReader:
       if entry is None:
         continue  # an index that contradicts itself
       if location.pack not in raw:
-        raw[location.pack] = self._load(
-            location.pack, keys[location.pack], why
-        )
+        raw[location.pack] = self._load(location.pack, keys[location.pack], why)
       stored = raw[location.pack].pop(location.key, None)
       base = done.get(location.base) if location.base is not None else None
       found = self._one(location, entry, stored, base, why)
@@ -154,7 +151,7 @@ class LeafReader:
     return words
 
   def _load(
-      self, pack: str, keys: Iterable[str], why: dict[str, str]
+    self, pack: str, keys: Iterable[str], why: dict[str, str]
   ) -> dict[str, np.ndarray]:
     try:
       if pack.startswith("blobs/"):
@@ -165,22 +162,22 @@ class LeafReader:
       return {}
 
   def _one(
-      self,
-      location: Location,
-      entry: Entry,
-      stored: np.ndarray | None,
-      base: np.ndarray | None,
-      why: dict[str, str],
+    self,
+    location: Location,
+    entry: Entry,
+    stored: np.ndarray | None,
+    base: np.ndarray | None,
+    why: dict[str, str],
   ) -> np.ndarray | None:
     place = self.files.path(location.pack)
     if stored is None:
       why[location.digest] = why.get(
-          location.pack, f"{place} lacks the array {location.key!r}"
+        location.pack, f"{place} lacks the array {location.key!r}"
       )
       return None
     if location.base is not None and base is None:
       why[location.digest] = "its base is damaged or missing: " + why.get(
-          location.base, location.base
+        location.base, location.base
       )
       return None
     try:
@@ -190,14 +187,14 @@ class LeafReader:
       return None
     if words.shape != encodings.words_shape(entry.dtype, entry.shape):
       why[location.digest] = (
-          f"{place}, array {location.key!r}: expected the shape "
-          f"{entry.shape}, found {stored.shape}"
+        f"{place}, array {location.key!r}: expected the shape "
+        f"{entry.shape}, found {stored.shape}"
       )
       return None
     return words
 
   def _recover(
-      self, entry: Entry, below: int, why: dict[str, str]
+    self, entry: Entry, below: int, why: dict[str, str]
   ) -> np.ndarray | None:
     """Tries every place of a leaf, and of its bases, one by one."""
     for place in self.index.find([entry.digest])[entry.digest]:
@@ -209,7 +206,7 @@ class LeafReader:
     return None
 
   def _from(
-      self, place: Location, entry: Entry, why: dict[str, str]
+    self, place: Location, entry: Entry, why: dict[str, str]
   ) -> np.ndarray | None:
     """Reads a leaf from one place, its base from wherever it is intact."""
     base = None
@@ -223,36 +220,34 @@ class LeafReader:
     return None
 
   def _verified(
-      self,
-      words: np.ndarray,
-      entry: Entry,
-      place: Location,
-      why: dict[str, str],
+    self,
+    words: np.ndarray,
+    entry: Entry,
+    place: Location,
+    why: dict[str, str],
   ) -> bool:
     if words_digest(words, entry.dtype, entry.shape) == entry.digest:
       return True
     why[entry.digest] = (
-        f"{self.files.path(place.pack)}, array {place.key!r}: the bits have "
-        "another digest"
+      f"{self.files.path(place.pack)}, array {place.key!r}: the bits have "
+      "another digest"
     )
     return False
 
-  def _explain(
-      self, bad: Mapping[str, Entry], why: Mapping[str, str]
-  ) -> str:
+  def _explain(self, bad: Mapping[str, Entry], why: Mapping[str, str]) -> str:
     lines = [f"{len(bad)} leaf/leaves cannot be read:"]
     for name, entry in sorted(bad.items()):
       reason = why.get(entry.digest, "stored in no payload of the repository")
       lines.append(
-          f"  {name}: {entry.dtype}{list(entry.shape)}, digest "
-          f"{entry.digest[:16]}: {reason}"
+        f"  {name}: {entry.dtype}{list(entry.shape)}, digest "
+        f"{entry.digest[:16]}: {reason}"
       )
     lines += [f"  {pack}: {text}" for pack, text in self.index.damaged.items()]
     lines.append(
-        "to repair: put the named payloads or blobs back from another copy of "
-        "the repository; or move the damaged ones out of it and commit a good "
-        "copy of the value (leaves are found by content, so every version "
-        "that shares them is whole again)"
+      "to repair: put the named payloads or blobs back from another copy of "
+      "the repository; or move the damaged ones out of it and commit a good "
+      "copy of the value (leaves are found by content, so every version "
+      "that shares them is whole again)"
     )
     return "\n".join(lines)
 

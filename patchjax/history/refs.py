@@ -11,10 +11,10 @@ import re
 from patchjax.history.files import Files
 from patchjax.history.objects import Objects, is_id
 from patchjax.trees.errors import (
-    ConflictError,
-    IntegrityError,
-    RefNotFoundError,
-    RepositoryError,
+  ConflictError,
+  IntegrityError,
+  RefNotFoundError,
+  RepositoryError,
 )
 
 HEADS = "refs/heads"
@@ -23,8 +23,8 @@ NOTES = "refs/notes"
 
 _NOUN = {HEADS: "branch", TAGS: "tag", NOTES: "note of commit"}
 _BAD_NAME = re.compile(
-    r"^$|^[-/.]|[/.]$|//|\.\.|/\.|@\{|^@$|[\x00-\x20\x7f~^:?*\[\\]|\.lock$"
-    r"|\.__lock$|\.orbax-checkpoint-tmp"
+  r"^$|^[-/.]|[/.]$|//|\.\.|/\.|@\{|^@$|[\x00-\x20\x7f~^:?*\[\\]|\.lock$"
+  r"|\.__lock$|\.orbax-checkpoint-tmp"
 )
 
 
@@ -42,9 +42,9 @@ def check_name(name: str) -> None:
   """
   if _BAD_NAME.search(name) or len(name.encode()) > 200:
     raise RepositoryError(
-        f"{name!r} cannot name a branch or tag: expected a text without "
-        "spaces, '..', '~', '^', ':', '?', '*', '[', '\\', that neither "
-        "starts with '-' or '.' nor starts or ends with '/' or '.'"
+      f"{name!r} cannot name a branch or tag: expected a text without "
+      "spaces, '..', '~', '^', ':', '?', '*', '[', '\\', that neither "
+      "starts with '-' or '.' nor starts or ends with '/' or '.'"
     )
 
 
@@ -77,9 +77,9 @@ class Refs:
     if not (is_id(text[:-1]) and text.endswith("\n")):
       path = self.files.path(f"{space}/{name}")
       raise IntegrityError(
-          f"{_NOUN[space]} {name!r} is damaged: expected 64 hex digits and a "
-          f"newline in {path}, found {data[:80]!r}; write the id of its last "
-          "commit into the file (fsck lists commits without a branch)"
+        f"{_NOUN[space]} {name!r} is damaged: expected 64 hex digits and a "
+        f"newline in {path}, found {data[:80]!r}; write the id of its last "
+        "commit into the file (fsck lists commits without a branch)"
       )
     return text[:-1]
 
@@ -118,9 +118,9 @@ class Refs:
     if old is None:
       self._check_folders(space, name)
     swapped = self.files.swap(
-        f"{space}/{name}",
-        old=None if old is None else f"{old}\n".encode(),
-        new=f"{new}\n".encode(),
+      f"{space}/{name}",
+      old=None if old is None else f"{old}\n".encode(),
+      new=f"{new}\n".encode(),
     )
     if not swapped:
       raise ConflictError(self._conflict(space, name, old))
@@ -130,8 +130,8 @@ class Refs:
     for other in self.names(space):
       if other.startswith(f"{name}/") or name.startswith(f"{other}/"):
         raise RepositoryError(
-            f"{_NOUN[space]} {name!r} cannot exist beside {other!r}: "
-            "one name is a folder of the other; choose another name"
+          f"{_NOUN[space]} {name!r} cannot exist beside {other!r}: "
+          "one name is a folder of the other; choose another name"
         )
 
   def _conflict(self, space: str, name: str, old: str | None) -> str:
@@ -146,9 +146,9 @@ class Refs:
     if old is None:
       return f"{noun} {name!r} exists already, at {now[:12]}{who}"
     return (
-        f"{noun} {name!r} moved in the meantime: expected it at {old[:12]}, "
-        f"found it at {now[:12]}{who}; nothing was lost: look at the new "
-        "tip, then commit again on top of it, or merge"
+      f"{noun} {name!r} moved in the meantime: expected it at {old[:12]}, "
+      f"found it at {now[:12]}{who}; nothing was lost: look at the new "
+      "tip, then commit again on top of it, or merge"
     )
 
   def must(self, space: str, name: str) -> str:
@@ -165,6 +165,6 @@ class Refs:
     if found is None:
       known = ", ".join(self.names(space)) or "none"
       raise RefNotFoundError(
-          f"there is no {_NOUN[space]} {name!r}; found: {known}"
+        f"there is no {_NOUN[space]} {name!r}; found: {known}"
       )
     return found

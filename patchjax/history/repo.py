@@ -26,9 +26,9 @@ from patchjax.history.files import Files
 from patchjax.history.objects import Commit, Objects, commit_bytes, id_of
 from patchjax.history.refs import HEADS, TAGS, Refs
 from patchjax.trees.errors import (
-    ConflictError,
-    RefNotFoundError,
-    RepositoryError,
+  ConflictError,
+  RefNotFoundError,
+  RepositoryError,
 )
 
 if TYPE_CHECKING:
@@ -141,16 +141,16 @@ class Repo:
     return LeafWriter(self.files, self._index, self._reader)
 
   def commit(
-      self,
-      value: Any,
-      *,
-      message: str,
-      branch: str = "main",
-      author: str | None = None,
-      time: datetime.datetime | float | None = None,
-      parents: Sequence[str] | None = None,
-      on: str | None = None,
-      recipe: dict[str, Any] | None = None,
+    self,
+    value: Any,
+    *,
+    message: str,
+    branch: str = "main",
+    author: str | None = None,
+    time: datetime.datetime | float | None = None,
+    parents: Sequence[str] | None = None,
+    on: str | None = None,
+    recipe: dict[str, Any] | None = None,
   ) -> str:
     """Stores a value as a new version of a branch.
 
@@ -205,20 +205,20 @@ class Repo:
     else:
       named = named_leaves(value)
     return self._commit(
-        named,
-        old,
-        branch=branch,
-        expected=expected,
-        parents=ids,
-        message=message,
-        author=author,
-        time=time,
-        recipe=recipe,
-        patch=patch_id,
+      named,
+      old,
+      branch=branch,
+      expected=expected,
+      parents=ids,
+      message=message,
+      author=author,
+      time=time,
+      recipe=recipe,
+      patch=patch_id,
     )
 
   def _parents(
-      self, branch: str, parents: Sequence[str] | None
+    self, branch: str, parents: Sequence[str] | None
   ) -> tuple[tuple[str, ...], str | None]:
     """Returns the parents of a new commit, and where the branch must be."""
     tip = self.refs.get(HEADS, branch)
@@ -227,31 +227,31 @@ class Repo:
       if tip is not None and ids[:1] != (tip,):
         first = ids[0][:12] if ids else "nothing (a new root)"
         raise ConflictError(
-            f"branch {branch!r} is at {tip[:12]}, the new commit is to follow "
-            f"{first}; commit to a branch of its own "
-            "(repo.branch(name, at=...)) and merge"
+          f"branch {branch!r} is at {tip[:12]}, the new commit is to follow "
+          f"{first}; commit to a branch of its own "
+          "(repo.branch(name, at=...)) and merge"
         )
       return ids, tip
     if tip is None and (known := self.refs.names(HEADS)):
       raise RefNotFoundError(
-          f"there is no branch {branch!r}; found: {', '.join(known)}; create "
-          f"it with repo.branch({branch!r})"
+        f"there is no branch {branch!r}; found: {', '.join(known)}; create "
+        f"it with repo.branch({branch!r})"
       )
     return (() if tip is None else (tip,)), tip
 
   def _commit(
-      self,
-      named: dict[str, Any],
-      old: dict[str, Entry],
-      *,
-      branch: str,
-      expected: str | None,
-      parents: tuple[str, ...],
-      message: str,
-      author: str | None,
-      time: datetime.datetime | float | None,
-      recipe: dict[str, Any] | None,
-      patch: str | None = None,
+    self,
+    named: dict[str, Any],
+    old: dict[str, Entry],
+    *,
+    branch: str,
+    expected: str | None,
+    parents: tuple[str, ...],
+    message: str,
+    author: str | None,
+    time: datetime.datetime | float | None,
+    recipe: dict[str, Any] | None,
+    patch: str | None = None,
   ) -> str:
     from patchjax.history.refs import check_name
     from patchjax.trees.digest import tree_objects
@@ -261,13 +261,13 @@ class Repo:
     entries = self._writer.write(named, old)
     tree, objects = tree_objects(entries)
     data = commit_bytes(
-        tree=tree,
-        parents=parents,
-        message=message,
-        author=author or layout.default_author(),
-        time=layout.spell_time(time),
-        recipe=recipe,
-        patch=patch,
+      tree=tree,
+      parents=parents,
+      message=message,
+      author=author or layout.default_author(),
+      time=layout.spell_time(time),
+      recipe=recipe,
+      patch=patch,
     )
     commit = id_of(data)
     self.objects.write_all({**objects, commit: data})
@@ -348,14 +348,14 @@ class Repo:
     if self.refs.get(other, name) is not None:
       noun = "tag" if other == TAGS else "branch"
       raise ConflictError(
-          f"there is a {noun} {name!r} already; one name for both would be "
-          "ambiguous"
+        f"there is a {noun} {name!r} already; one name for both would be "
+        "ambiguous"
       )
     self.refs.move(space, name, old=None, new=commit)
     return commit
 
   def checkout(
-      self, ref: str = "main", *, like: Any = None, only: Any = None
+    self, ref: str = "main", *, like: Any = None, only: Any = None
   ) -> Any:
     """Returns the value of a version, every leaf verified by its digest.
 
@@ -388,7 +388,7 @@ class Repo:
 
     commit = self.show(ref)
     entries = restoring.pick(
-        self.objects.tree(commit.tree), like, only, f"version {ref!r}"
+      self.objects.tree(commit.tree), like, only, f"version {ref!r}"
     )
     return restoring.build(self._reader.read(entries), entries, like)
 
@@ -417,30 +417,30 @@ class Repo:
     return merges.merge_base(self, refs)
 
   def merge(
-      self,
-      target: str,
-      refs: Sequence[str] | str,
-      *,
-      method: Any,
-      base: str | None = None,
-      message: str | None = None,
-      author: str | None = None,
-      time: datetime.datetime | float | None = None,
-      fast_forward: bool = True,
+    self,
+    target: str,
+    refs: Sequence[str] | str,
+    *,
+    method: Any,
+    base: str | None = None,
+    message: str | None = None,
+    author: str | None = None,
+    time: datetime.datetime | float | None = None,
+    fast_forward: bool = True,
   ) -> str:
     """Merges versions into a branch; see `merges.merge`."""
     from patchjax.history import merges
 
     return merges.merge(
-        self,
-        target,
-        [refs] if isinstance(refs, str) else list(refs),
-        method=method,
-        base=base,
-        message=message,
-        author=author,
-        time=time,
-        fast_forward=fast_forward,
+      self,
+      target,
+      [refs] if isinstance(refs, str) else list(refs),
+      method=method,
+      base=base,
+      message=message,
+      author=author,
+      time=time,
+      fast_forward=fast_forward,
     )
 
   def patch_of(self, ref: str = "main") -> Patch:
@@ -460,13 +460,13 @@ class Repo:
     return proposals.patch_of(self, self.show(ref))
 
   def annotate(
-      self,
-      ref: str,
-      kind: str,
-      payload: Any,
-      *,
-      author: str | None = None,
-      time: datetime.datetime | float | None = None,
+    self,
+    ref: str,
+    kind: str,
+    payload: Any,
+    *,
+    author: str | None = None,
+    time: datetime.datetime | float | None = None,
   ) -> str:
     """Attaches a fact to a commit, whose id stays; returns the note's id.
 
@@ -478,17 +478,17 @@ class Repo:
       time: when; by default now.
     """
     return notes.add(
-        self.objects,
-        self.refs,
-        self.resolve(ref),
-        kind=kind,
-        payload=payload,
-        author=author or layout.default_author(),
-        time=layout.spell_time(time),
+      self.objects,
+      self.refs,
+      self.resolve(ref),
+      kind=kind,
+      payload=payload,
+      author=author or layout.default_author(),
+      time=layout.spell_time(time),
     )
 
   def annotations(
-      self, ref: str, kind: str | None = None
+    self, ref: str, kind: str | None = None
   ) -> list[dict[str, Any]]:
     """Returns the facts attached to a commit, oldest first.
 

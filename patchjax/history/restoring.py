@@ -16,7 +16,7 @@ from patchjax.trees.selectors import select_named
 
 
 def pick(
-    entries: Mapping[str, Entry], like: Any, only: Any, what: str
+  entries: Mapping[str, Entry], like: Any, only: Any, what: str
 ) -> dict[str, Entry]:
   """Returns the entries to read, once `like` is known to fit.
 
@@ -32,9 +32,9 @@ def pick(
   """
   if like is not None:
     expected = {
-        name: leaf
-        for name, leaf in flatten(like)[0].items()
-        if dtypes.is_array(leaf)
+      name: leaf
+      for name, leaf in flatten(like)[0].items()
+      if dtypes.is_array(leaf)
     }
     if only is not None:
       # Only what is asked for has to fit: the rest stays as it is.
@@ -47,7 +47,7 @@ def pick(
 
 
 def build(
-    words: Mapping[str, np.ndarray], entries: Mapping[str, Entry], like: Any
+  words: Mapping[str, np.ndarray], entries: Mapping[str, Entry], like: Any
 ) -> Any:
   """Returns the tree of some leaves.
 
@@ -73,8 +73,7 @@ def build(
 
   named, treedef = flatten(like)
   leaves = [
-      place(name, leaf) if name in words else leaf
-      for name, leaf in named.items()
+    place(name, leaf) if name in words else leaf for name, leaf in named.items()
   ]
   return jax.tree.unflatten(treedef, leaves)
 

@@ -27,10 +27,10 @@ from patchjax.history.reading import LeafReader
 from patchjax.trees import dtypes
 from patchjax.trees.digest import Entry
 from patchjax.trees.errors import (
-    DtypeError,
-    IntegrityError,
-    PatchjaxError,
-    StructureError,
+  DtypeError,
+  IntegrityError,
+  PatchjaxError,
+  StructureError,
 )
 
 # A snapshot repeats equal leaves under each of their names up to this many
@@ -67,7 +67,7 @@ class LeafWriter:
     self.reader = reader
 
   def write(
-      self, named: Mapping[str, Any], parent: Mapping[str, Entry]
+    self, named: Mapping[str, Any], parent: Mapping[str, Entry]
   ) -> dict[str, Entry]:
     """Stores what is not stored yet, and returns the entries of all leaves.
 
@@ -87,19 +87,19 @@ class LeafWriter:
     held = [leaf for leaf in leaves if leaf.entry.size]
     places = self.index.find({leaf.entry.digest for leaf in held})
     new = {
-        leaf.entry.digest: leaf
-        for leaf in reversed(held)
-        if leaf.value is not None and not places[leaf.entry.digest]
+      leaf.entry.digest: leaf
+      for leaf in reversed(held)
+      if leaf.value is not None and not places[leaf.entry.digest]
     }
     if new:
       self._store(leaves, dict(reversed(new.items())), parent)
     return entries
 
   def _store(
-      self,
-      leaves: list[_Leaf],
-      new: Mapping[str, _Leaf],
-      parent: Mapping[str, Entry],
+    self,
+    leaves: list[_Leaf],
+    new: Mapping[str, _Leaf],
+    parent: Mapping[str, Entry],
   ) -> None:
     bases = self._bases(new, parent)
     jobs = [(leaf, bases.get(leaf.name)) for leaf in new.values()]
@@ -117,18 +117,16 @@ class LeafWriter:
       self.files.write(f"blobs/{blobs.name_of(blob)}", blob)
       return
     metadata = {
-        "format": "patchjax payload 1",
-        "words": {
-            loc.key: new[digest].entry.dtype
-            for digest, loc in places.items()
-            if loc.encoding == encodings.WORDS
-        },
-        "planes": [
-            loc.key
-            for loc in places.values()
-            if loc.encoding == encodings.PLANES
-        ],
-        "aliases": {},
+      "format": "patchjax payload 1",
+      "words": {
+        loc.key: new[digest].entry.dtype
+        for digest, loc in places.items()
+        if loc.encoding == encodings.WORDS
+      },
+      "planes": [
+        loc.key for loc in places.values() if loc.encoding == encodings.PLANES
+      ],
+      "aliases": {},
     }
     if not parent:
       metadata["aliases"] = _repeat(leaves, new, arrays)
@@ -137,24 +135,23 @@ class LeafWriter:
     indices.write(self.files, pack, spelled)
 
   def _bases(
-      self, new: Mapping[str, _Leaf], parent: Mapping[str, Entry]
+    self, new: Mapping[str, _Leaf], parent: Mapping[str, Entry]
   ) -> dict[str, tuple[np.ndarray, Location]]:
     """Returns the bits and places of the leaves worth a difference."""
     candidates = {}
     for leaf in new.values():
       old = parent.get(leaf.name)
       if (
-          old is not None
-          and (old.dtype, old.shape) == (leaf.entry.dtype, leaf.entry.shape)
-          and leaf.words.nbytes >= encodings.SMALLEST
+        old is not None
+        and (old.dtype, old.shape) == (leaf.entry.dtype, leaf.entry.shape)
+        and leaf.words.nbytes >= encodings.SMALLEST
       ):
         candidates[leaf.name] = old
     found = self.index.find({old.digest for old in candidates.values()})
     places = {
-        name: found[old.digest][0]
-        for name, old in candidates.items()
-        if found[old.digest]
-        and found[old.digest][0].depth < encodings.MAX_DEPTH
+      name: found[old.digest][0]
+      for name, old in candidates.items()
+      if found[old.digest] and found[old.digest][0].depth < encodings.MAX_DEPTH
     }
     words = {name: known.words_of(places[name].digest) for name in places}
     absent = {name: parent[name] for name in words if words[name] is None}
@@ -165,14 +162,14 @@ class LeafWriter:
       # what has no base in memory is stored whole.
       pass
     return {
-        name: (bits, places[name])
-        for name, bits in words.items()
-        if bits is not None
+      name: (bits, places[name])
+      for name, bits in words.items()
+      if bits is not None
     }
 
 
 def _encode(
-    job: tuple[_Leaf, tuple[np.ndarray, Location] | None],
+  job: tuple[_Leaf, tuple[np.ndarray, Location] | None],
 ) -> tuple[Location, np.ndarray]:
   """Returns how one leaf is stored (in a pack to be named), and the array."""
   leaf, base = job
@@ -187,13 +184,13 @@ def _encode(
 
 
 def _describe(
-    named: Mapping[str, Any], parent: Mapping[str, Entry]
+  named: Mapping[str, Any], parent: Mapping[str, Entry]
 ) -> list[_Leaf]:
   named = _arrays(named)
   if not named:
     raise StructureError(
-        "the tree has no leaves: expected at least one array; nothing was "
-        "committed"
+      "the tree has no leaves: expected at least one array; nothing was "
+      "committed"
     )
   bad = []
   leaves = []
@@ -210,8 +207,8 @@ def _describe(
       bad.append(f"  {name}: {error}")
   if bad:
     raise DtypeError(
-        f"{len(bad)} leaf/leaves cannot be committed; nothing was:\n"
-        + "\n".join(bad)
+      f"{len(bad)} leaf/leaves cannot be committed; nothing was:\n"
+      + "\n".join(bad)
     )
   return leaves
 
@@ -219,16 +216,16 @@ def _describe(
 def _arrays(named: Mapping[str, Any]) -> dict[str, Any]:
   """Leaves out what is no array, and says so where that may be data."""
   data = {
-      name: leaf
-      for name, leaf in named.items()
-      if not dtypes.is_array(leaf) and not callable(leaf)
+    name: leaf
+    for name, leaf in named.items()
+    if not dtypes.is_array(leaf) and not callable(leaf)
   }
   if data:
     listed = ", ".join(f"{name} = {leaf!r:.40}" for name, leaf in data.items())
     warnings.warn(
-        f"{len(data)} leaf/leaves are no arrays and are not stored: {listed}; "
-        "make them arrays (numpy.asarray) to have them stored",
-        stacklevel=6,
+      f"{len(data)} leaf/leaves are no arrays and are not stored: {listed}; "
+      "make them arrays (numpy.asarray) to have them stored",
+      stacklevel=6,
     )
   return {name: leaf for name, leaf in named.items() if dtypes.is_array(leaf)}
 
@@ -238,7 +235,7 @@ def _check(name: str, x: Any) -> None:
     name.encode()
   except UnicodeEncodeError as error:
     raise StructureError(
-        f"the name {name!r} is no valid Unicode text; rename the leaf"
+      f"the name {name!r} is no valid Unicode text; rename the leaf"
     ) from error
   import jax
 
@@ -249,19 +246,19 @@ def _check(name: str, x: Any) -> None:
   if isinstance(x, jax.Array):
     if x.is_deleted():
       raise DtypeError(
-          "the array was deleted or donated; commit before donating it"
+        "the array was deleted or donated; commit before donating it"
       )
     if not x.is_fully_addressable:
       raise DtypeError(
-          "the array is spread over several processes; gather it to this one "
-          "(jax.experimental.multihost_utils.process_allgather) first"
+        "the array is spread over several processes; gather it to this one "
+        "(jax.experimental.multihost_utils.process_allgather) first"
       )
 
 
 def _repeat(
-    leaves: list[_Leaf],
-    new: Mapping[str, _Leaf],
-    arrays: dict[str, np.ndarray],
+  leaves: list[_Leaf],
+  new: Mapping[str, _Leaf],
+  arrays: dict[str, np.ndarray],
 ) -> dict[str, str]:
   """Adds equal leaves under their own names; returns aliases of large ones."""
   aliases = {}

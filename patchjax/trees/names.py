@@ -135,7 +135,14 @@ def flatten(tree: Any) -> tuple[dict[str, Leaf], jax.tree_util.PyTreeDef]:
   """
   import jax
 
-  found, treedef = jax.tree_util.tree_flatten_with_path(tree)
+  try:
+    found, treedef = jax.tree_util.tree_flatten_with_path(tree)
+  except ValueError as error:
+    # JAX sorts the keys of a dict, and cannot compare 1 with "1".
+    raise StructureError(
+      f"the tree cannot be flattened: {str(error).splitlines()[0]} A dict must "
+      "not mix integer and string keys; make them all strings"
+    ) from error
   names = [join(name) for name in _canonical([path for path, _ in found])]
   named = dict(zip(names, (leaf for _, leaf in found), strict=True))
   if len(named) != len(names):

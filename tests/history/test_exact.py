@@ -1,9 +1,9 @@
-"""Exact history: every dtype and every bit pattern survives, in any encoding."""
+"""Exact history: every dtype and bit pattern survives, in any encoding."""
 
-import ml_dtypes
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
