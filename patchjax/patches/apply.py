@@ -102,7 +102,8 @@ def revert(
 ) -> Any:
   """Returns the value that a patch was applied to.
 
-  Exact for law `bits` (`diff(..., exact=True)`); `add` and `mul` round.
+  Exact for law `bits` (`diff(..., exact=True)`); `add` and `mul` round, and
+  what was multiplied by zero comes back as NaN.
 
   Args:
     params: what `apply(base, patch)` gave.

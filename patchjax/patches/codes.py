@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from patchjax.trees.dtypes import KINDS, dtype_name, is_key
+from patchjax.trees.dtypes import KINDS, dtype_name, is_key, widened
 
 Array = Any
 _static: dict[str, Any] = {"metadata": {"static": True}}
@@ -166,7 +166,7 @@ class LowRank:
       dtype: dtype of the result; by default that of the factors.
     """
     out = jnp.dtype(dtype or self.a.dtype)
-    wide = jnp.promote_types(out, jnp.float32)
+    wide = widened(out)
     batch = tuple(range(self.batch))
     product = jax.lax.dot_general(
       _cast(self.a, wide),
@@ -215,7 +215,7 @@ class Quantized:
       dtype: dtype of the result; by default that of the scales.
     """
     out = jnp.dtype(dtype or self.scales.dtype)
-    wide = jnp.promote_types(out, jnp.float32)
+    wide = widened(out)
     scales = spread(_cast(self.scales, wide), self.block, self.shape)
     return (_cast(self.words, wide) * scales).astype(out)
 

@@ -14,6 +14,7 @@ from patchjax.patches.deltas import AnyDelta, Delete, Delta, Insert, Rename
 from patchjax.patches.meshes import on_leaf_mesh
 from patchjax.patches.patch import Patch, kind_of
 from patchjax.trees.check import check_named
+from patchjax.trees.dtypes import widened
 from patchjax.trees.errors import LawError
 
 
@@ -122,7 +123,8 @@ def join(name: str, first: Delta, second: Delta) -> Delta:
         f"{name}: two sparse 'set' deltas cannot be composed inside jit: "
         "the union of their indices is not known there"
       )
-    return Delta(Dense(laws.act(p.dense(), second)), "set")
+    old = jnp.broadcast_to(p.dense(), q.shape)
+    return Delta(Dense(laws.act(old, second)), "set")
   dtype = None if first.law == "bits" else jnp.float32
 
   def combine(p, q):
@@ -148,11 +150,18 @@ def _concrete(*codes: Any) -> bool:
 
 def _side_by_side(p: LowRank, q: LowRank) -> LowRank:
   """The sum of two products as one of the summed rank: exact."""
-  a = [c.a * jnp.asarray(c.scale).astype(c.a.dtype) for c in (p, q)]
-  dtype = jnp.promote_types(p.a.dtype, q.a.dtype)
-  a = jnp.concatenate([x.astype(dtype) for x in a], axis=-1)
-  b = jnp.concatenate([c.b.astype(dtype) for c in (p, q)], axis=p.batch)
-  return LowRank(a, b, jnp.ones((), dtype), p.batch)
+  dtype = widened(p.a.dtype)
+  a = [
+    jnp.asarray(c.a).astype(dtype) * jnp.asarray(c.scale).astype(dtype)
+    for c in (p, q)
+  ]
+  b = [jnp.asarray(c.b).astype(dtype) for c in (p, q)]
+  return LowRank(
+    jnp.concatenate(a, axis=-1),
+    jnp.concatenate(b, axis=p.batch),
+    jnp.ones((), dtype),
+    p.batch,
+  )
 
 
 def _union(p: Sparse, q: Sparse, law: str) -> Sparse:

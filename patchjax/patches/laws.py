@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.shard_alike import shard_alike
 
 from patchjax.patches import words
 from patchjax.patches.codes import GATHER, SCATTER, Sparse
 from patchjax.patches.deltas import Delta
-from patchjax.trees.dtypes import KINDS, dtype_name, is_key
+from patchjax.trees.dtypes import KINDS, dtype_name, is_key, widened
 from patchjax.trees.errors import LawError
 
 Array = Any
@@ -89,8 +90,7 @@ def compute_dtype(leaf: Any) -> np.dtype:
       f"there is no arithmetic on {name} leaves; use the laws 'set' or "
       "'bits' (`diff(..., exact=True)` makes the latter)"
     )
-  wide = np.dtype(name if KINDS[name].dtype.itemsize > 4 else "float32")
-  return np.dtype("complex64") if name == "complex64" else wide
+  return widened(KINDS[name].dtype)
 
 
 def act(leaf: Array, delta: Delta, dtype: Any = None) -> jax.Array:
@@ -169,7 +169,10 @@ def _combine(
   if not isinstance(code, Sparse):
     full = code.dense(dtype)
     # Spread what Dense holds along some axes only.
-    return function(x, jnp.broadcast_to(full, x.shape))
+    full = jnp.broadcast_to(full, x.shape)
+    # The result of `set` does not depend on x, whose sharding it must keep:
+    # on Auto meshes only the compiler knows that.
+    return function(*shard_alike(x, full))
   at = code.positions()
   source = x if old is None else old
   entries = function(source.at[at].get(**GATHER), code.entries(dtype))

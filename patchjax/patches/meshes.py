@@ -43,7 +43,11 @@ def on_leaf_mesh(function: Callable[..., Any], leaf: Any, *args: Any) -> Any:
   sharding = explicit_sharding(leaf)
   if sharding is None:
     return function(*args)
-  shape = jax.eval_shape(function, *args)
+  # Without shardings: the function need not run on an Explicit mesh as it is.
+  shape = jax.eval_shape(
+    function,
+    *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args),
+  )
   extra = 0 if is_key(shape) else len(shape.shape) - leaf.ndim
   spec = PartitionSpec(*sharding.spec, *(None,) * extra)
   return _partitioned(function, sharding, spec)(*args)

@@ -102,9 +102,7 @@ def _numbers(code: Any, dtype: Any) -> np.ndarray:
       return _product(code, dtype)
     case Quantized():
       dtype = dtype or np.dtype(code.scales.dtype)
-      wide = (
-        np.promote_types(dtype, np.float32) if _plain(dtype) else np.float32
-      )
+      wide = dtypes.widened(dtype)
       scales = spread(np.asarray(code.scales), code.block, code.shape)
       return (np.asarray(code.words).astype(wide) * scales.astype(wide)).astype(
         dtype
@@ -113,14 +111,10 @@ def _numbers(code: Any, dtype: Any) -> np.ndarray:
   return values if dtype is None else values.astype(dtype)
 
 
-def _plain(dtype: Any) -> bool:
-  return np.dtype(dtype).name in ("float16", "float32", "float64", "complex64")
-
-
 def _product(code: LowRank, dtype: Any) -> np.ndarray:
   """`scale * a @ b` as rank-ordered sums of outer products."""
   dtype = np.dtype(dtype or np.asarray(code.a).dtype)
-  wide = np.promote_types(dtype, np.float32) if _plain(dtype) else np.float32
+  wide = dtypes.widened(dtype)
   a, b = (np.asarray(x).astype(wide) for x in (code.a, code.b))
   inputs = a.ndim - code.batch - 1
   outputs = b.ndim - code.batch - 1

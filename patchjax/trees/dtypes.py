@@ -253,3 +253,22 @@ def is_array(x: Any) -> bool:
     (True, False)
   """
   return hasattr(x, "dtype") and hasattr(x, "shape")
+
+
+def widened(dtype: Any) -> np.dtype:
+  """Returns the dtype in which arithmetic on floating point numbers is done.
+
+  Args:
+    dtype: a floating point or complex dtype.
+
+  Returns:
+    float32 for up to 32 bits, else float64; complex dtypes stay.
+
+  Example:
+    >>> widened("float16").name, widened("complex64").name
+    ('float32', 'complex64')
+  """
+  dtype = np.dtype(dtype)
+  if dtype.kind == "c" or dtype.itemsize > 4:
+    return dtype
+  return np.dtype("float32")
