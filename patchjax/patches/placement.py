@@ -60,6 +60,7 @@ class Leaf:
 
   @property
   def size(self) -> int:
+    """Number of entries."""
     return math.prod(self.shape)
 
   def index(self) -> tuple[Array, Array]:

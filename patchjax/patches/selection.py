@@ -285,6 +285,7 @@ class Search:
 
   @property
   def done(self) -> Array:
+    """Whether the threshold is found."""
     return self.phase >= jnp.int32(len(self.widths))
 
 

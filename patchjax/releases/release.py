@@ -140,6 +140,20 @@ def release(
     ReleaseRefusedError: if the candidate failed, is undecided or untested, if
       it is released already, or if the version is taken by another commit.
     VetError: if the verdict is not about these values or not under `policy`.
+
+  Example:
+    >>> import numpy as np
+    >>> import patchjax as pj
+    >>> from patchjax.vetting import Suite, Test
+    >>> positive = Test("positive", lambda p: np.resize(p["w"] > 0, 400))
+    >>> suite = Suite("signs", "1", [positive])
+    >>> with pj.Repo.temporary() as repo:
+    ...   base = repo.commit({"w": np.float32([1, 2, 3])}, message="base")
+    ...   print(pj.release(repo, suite=suite).version)
+    ...   tuned = repo.commit({"w": np.float32([1, 2, 4])}, message="tuned")
+    ...   print(pj.release(repo, suite=suite).version)
+    1.0.0
+    1.0.1
   """
   commit = repo.show(ref)
   before = _previous(repo, ref)
