@@ -45,7 +45,7 @@ def elect_sign(
     )
   if zero not in ("majority", "positive"):
     raise ValueError(f"zero must be 'majority' or 'positive', got {zero!r}")
-  return transform.transform(
+  return transform.Transform.of(
       _ELECT, {"weights": weights}, method=method, zero=zero
   )
 
@@ -126,7 +126,7 @@ def disjoint_mean(
     in_sum: whether the entries are still to be multiplied by the weights, or
       already were (`elect_sign(weights=...)`).
   """
-  return transform.transform(_DISJOINT, {"weights": weights}, in_sum=in_sum)
+  return transform.Transform.of(_DISJOINT, {"weights": weights}, in_sum=in_sum)
 
 
 def _disjoint(leaf, deltas, base, state, shared, *, in_sum):
@@ -162,7 +162,7 @@ def weighted_sum(
     weights: w, one a contributor or one for all.
     normalize: whether to divide by the sum of the weights.
   """
-  return transform.transform(_SUM, {"weights": weights}, normalize=normalize)
+  return transform.Transform.of(_SUM, {"weights": weights}, normalize=normalize)
 
 
 def _sum(leaf, deltas, base, state, shared, *, normalize):
@@ -181,7 +181,7 @@ _SUM = transform.register_step(
 
 def mean() -> transform.Transform:
   """Returns the step that averages the contributors' deltas."""
-  return transform.transform(_MEAN, {})
+  return transform.Transform.of(_MEAN, {})
 
 
 def _mean(leaf, deltas, base, state, shared):
@@ -207,7 +207,7 @@ def scale(scale: Any) -> transform.Transform:
     >>> pj.merging.scale(0.5)
     scale(scale=0.5)
   """
-  return transform.transform(_SCALE, {"scale": scale})
+  return transform.Transform.of(_SCALE, {"scale": scale})
 
 
 def _scale(leaf, deltas, base, state, shared):

@@ -41,13 +41,10 @@ def sparse(values: np.ndarray, fill: float = 0) -> Sparse:
   """Returns the entries of an array that are not `fill`, as a sparse code.
 
   Args:
-    values: the array. Entries whose bits are those of `fill` are left out:
-      a negative zero is kept.
+    values: the array. Entries equal to `fill` (either zero) are left out.
     fill: the law's identity.
   """
-  word = np.dtype(f"uint{8 * values.dtype.itemsize}")
-  nothing = np.asarray(fill, values.dtype).view(word)
-  mask = np.ascontiguousarray(values).view(word).reshape(values.shape) != nothing
+  mask = values != values.dtype.type(fill)
   return Sparse(values[mask], indices_of(mask), values.shape)
 
 
@@ -89,3 +86,19 @@ def smallest(values: np.ndarray, fill: float = 0) -> Code:
   if two_valued is not None:
     options.append(two_valued)
   return min(options, key=lambda code: code.nbytes)
+
+
+def smallest_quantized(code: Quantized) -> Code:
+  """Returns a quantized code, or its words that are not 0 as a sparse one.
+
+  Args:
+    code: a code; only one with a single scale can be made sparse.
+  """
+  words, scales = np.asarray(code.words), np.asarray(code.scales)
+  if scales.size != 1 or code.bits == 1:
+    return code
+  mask = words != 0
+  kept = words[mask]
+  values = Quantized(kept, scales.reshape(1), code.bits, (max(kept.size, 1),))
+  some = Sparse(values, indices_of(mask), words.shape)
+  return min([code, some], key=lambda c: c.nbytes)

@@ -50,6 +50,7 @@ class Work:
 
   @property
   def shape(self) -> tuple[int, ...]:
+    """Shape of the leaf."""
     if self.base is not None:
       return tuple(self.base.shape)
     delta = next(s for s in self.sources if s is not None)
@@ -163,14 +164,11 @@ def _update(
     out = (wide + total.astype(wide.dtype)).astype(base.dtype)
   bad = jnp.zeros((2, 2), jnp.int32)
   if checked:
-    result = out if as_params else out[0]
-    result = result if hasattr(result, "at") else result.dense(jnp.float32)
-    infinite = functools.reduce(
+    given = functools.reduce(
         jnp.logical_or, (~jnp.isfinite(d) for d in deltas)
     )
-    bad = placement.sum_over_shards(
-        _count_bad, (infinite, ~jnp.isfinite(result)), leaf
-    )
+    made = ~jnp.isfinite(out) if as_params else given
+    bad = placement.sum_over_shards(_count_bad, (given, made), leaf)
   return out, bad
 
 

@@ -116,6 +116,26 @@ class Transform:
       metadata={"static": True}
   )
 
+  @classmethod
+  def of(
+      cls, step: Step, numbers: Mapping[str, Any], **options: Hashable
+  ) -> Transform:
+    """Returns the transform of one step.
+
+    Args:
+      step: the step.
+      numbers: traced arguments; those that are None are left out.
+      **options: static arguments, hashable.
+
+    Example:
+      >>> def halved(leaf, deltas, base, state, shared):
+      ...   return tuple(d / 2 for d in deltas)
+      >>> Transform.of(register_step(Step("halve", halved)), {})
+      halve()
+    """
+    given = {k: v for k, v in numbers.items() if v is not None}
+    return cls((given,), ((step, tuple(sorted(options.items()))),))
+
   @property
   def spec(self) -> tuple[Any, ...]:
     """Names and options, hashable; the numbers are not in it.
@@ -169,18 +189,6 @@ def _as_array(x: Any) -> Array:
   if isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jnp.number):
     return x  # a PRNG key
   return jnp.asarray(x, jnp.float32)
-
-
-def transform(step: Step, numbers: Mapping[str, Any], **options) -> Transform:
-  """Returns a transform of one step.
-
-  Args:
-    step: the step.
-    numbers: traced arguments; those that are None are left out.
-    **options: static arguments, hashable.
-  """
-  given = {k: v for k, v in numbers.items() if v is not None}
-  return Transform((given,), ((step, tuple(sorted(options.items()))),))
 
 
 def chain(*transforms: Transform) -> Transform:

@@ -51,7 +51,7 @@ def trim(
     raise ValueError(f"scope must be 'tree' or 'leaf', got {scope!r}")
   if isinstance(density, int | float):
     selection.check_density(density)
-  return transform.transform(
+  return transform.Transform.of(
       TRIM, {"density": density}, scope=scope, exact_k=exact_k
   )
 
