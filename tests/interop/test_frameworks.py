@@ -79,14 +79,16 @@ def test_a_patch_of_an_nnx_model_trains_beside_the_frozen_model():
   from flax import nnx
 
   model = nnx_model()
-  graph, base, rest = nnx.split(model, nnx.Param, ...)
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  # flax may share the variables of a state with the module: keep the values.
+  base = nnx.to_pure_dict(params)
   patch = pj.tuning.lora(jax.random.key(0), base, rank=2, only=r"dense/kernel")
   values, rebuild = pj.trainable(patch)
   x = jax.random.normal(jax.random.key(1), (8, 3))
 
   @jax.jit
   def loss(values):
-    net = nnx.merge(graph, pj.apply(base, rebuild(values)), rest)
+    net = nnx.merge(graph, pj.apply(params, rebuild(values)), rest)
     net.eval()
     return jnp.mean((net(x) - 1.0) ** 2)
 
@@ -99,7 +101,7 @@ def test_a_patch_of_an_nnx_model_trains_beside_the_frozen_model():
     values = optax.apply_updates(values, update)
   assert loss(values) < start
   interop.nnx.update(model, rebuild(values))
-  changed = nnx.state(model, nnx.Param)
+  changed = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   same = jax.tree.map(lambda a, b: bool((a == b).all()), changed, base)
   assert {n for n, v in trees.named_leaves(same).items() if not v} == {
     "dense/kernel"
