@@ -14,13 +14,17 @@ from patchjax.trees.errors import PatchjaxError, ReleaseRefusedError
 class Problem(click.ClickException):
   """An error as the user sees it: one message on stderr, exit code 2."""
 
-  def __init__(self, message: str, exit_code: int = 2):
-    super().__init__(message)
-    self.exit_code = exit_code
+  exit_code = 2
 
   def show(self, file=None) -> None:
     """Prints the message to stderr."""
     click.echo(f"patchjax: {self.format_message()}", file=file, err=True)
+
+
+class Refusal(Problem):
+  """A lawful no: the command worked, and the answer is exit code 1."""
+
+  exit_code = 1
 
 
 class _Verbs(click.Group):
@@ -32,8 +36,8 @@ class _Verbs(click.Group):
     except (PatchjaxError, OSError) as error:
       if ctx.params["debug"] or getattr(error, "errno", 0) == errno.EPIPE:
         raise
-      refused = isinstance(error, ReleaseRefusedError)
-      raise Problem(_message(error), 1 if refused else 2) from error
+      kind = Refusal if isinstance(error, ReleaseRefusedError) else Problem
+      raise kind(_message(error)) from error
 
 
 def _message(error: PatchjaxError | OSError) -> str:

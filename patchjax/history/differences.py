@@ -5,13 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from patchjax.history.reading import LeafReader
 from patchjax.trees import dtypes
 from patchjax.trees.digest import Entry
+
+
+class Reader(Protocol):
+  """Whatever gives the bits of leaves: a repository, or values in memory."""
+
+  def read(self, entries: Mapping[str, Entry]) -> dict[str, np.ndarray]:
+    """Returns `{name: words}`.
+
+    Args:
+      entries: `{name: entry}` of the leaves.
+    """
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +140,7 @@ class TreeDiff:
 
 
 def compare(
-  old: Mapping[str, Entry], new: Mapping[str, Entry], reader: LeafReader
+  old: Mapping[str, Entry], new: Mapping[str, Entry], reader: Reader
 ) -> TreeDiff:
   """Returns the differences of two versions; reads only leaves that differ.
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from patchjax.trees.errors import SelectionError
-from patchjax.trees.names import flatten, split
+from patchjax.trees.names import Name, flatten, split
 from patchjax.trees.suggest import did_you_mean, list_names
 
 Selector = str | list[str] | tuple[str, ...] | Callable[[str, Any], bool] | Any
@@ -179,7 +179,9 @@ def _is_tree_of_bools(only: Any) -> bool:
 
 
 def _by_prefix(named: Mapping[str, Any], only: Any) -> tuple[str, ...]:
-  mask = {split(name): flag for name, flag in flatten(only)[0].items()}
+  mask: dict[Name, Any] = {
+    split(name): flag for name, flag in flatten(only)[0].items()
+  }
   if isinstance(only, bool | np.bool_):
     mask = {(): only}  # a prefix of every name
   if not mask or not _is_tree_of_bools(only):
