@@ -9,13 +9,12 @@ them needs plain file access only, so listing a history imports no TensorStore.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
+from patchjax.history.threads import each
 from patchjax.trees.errors import RepositoryError
 
 TEMPORARY = ".tmp-"
@@ -64,11 +63,18 @@ class Files:
     Args:
       folder: key of the folder; one that does not exist is empty.
     """
+    return sorted(n for n in self.listing(folder) if not is_temporary(n))
+
+  def listing(self, folder: str) -> list[str]:
+    """Returns all names directly in a folder, as they come.
+
+    Args:
+      folder: key of the folder; one that does not exist is empty.
+    """
     try:
-      found = os.listdir(self.path(folder))
+      return os.listdir(self.path(folder))
     except (FileNotFoundError, NotADirectoryError):
       return []
-    return sorted(name for name in found if not is_temporary(name))
 
   def walk(self, folder: str) -> Iterator[str]:
     """Yields the keys of all files below a folder, temporaries left out.
@@ -120,8 +126,8 @@ class Files:
     for folder in folders:
       os.makedirs(folder, exist_ok=True)
     # Syncing is waiting: files synced at once share a turn of the journal.
-    _each(self._write_one, values.items())
-    _each(_sync_folder, folders)
+    each(self._write_one, values.items())
+    each(_sync_folder, folders)
 
   def _write_one(self, item: tuple[str, bytes]) -> None:
     path = self.path(item[0])
@@ -190,18 +196,6 @@ def is_temporary(name: str) -> bool:
     or name.endswith(_LOCK)
     or ".orbax-checkpoint-tmp" in name
   )
-
-
-def _each(function: Callable[[Any], None], items: Iterable[Any]) -> None:
-  """Calls a function that waits for the disk on each item, side by side."""
-  items = list(items)
-  if len(items) < 2:
-    for item in items:
-      function(item)
-    return
-  with concurrent.futures.ThreadPoolExecutor(min(8, len(items))) as pool:
-    for _ in pool.map(function, items):
-      pass
 
 
 def _sync_folder(folder: str) -> None:

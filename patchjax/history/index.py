@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from patchjax.history import blobs
-from patchjax.history.files import Files
+from patchjax.history.files import Files, is_temporary
 from patchjax.trees.digest import canonical_json
 from patchjax.trees.errors import IntegrityError
 
@@ -212,18 +212,24 @@ class Index:
 
   def _refresh(self, database: sqlite3.Connection) -> None:
     known = {pack for (pack,) in database.execute("select pack from packs")}
-    present = set(self.packs())
+    present = {
+      f"{folder}/{name}"
+      for folder in ("payloads", "blobs")
+      for name in self.files.listing(folder)
+    }
     self.damaged.clear()
     found: list[Location] = []
     new = []
     for pack in sorted(present - known):
+      if is_temporary(pack.partition("/")[2]):
+        continue
       try:
         found += read(self.files, pack)
         new.append(pack)
       except IntegrityError as error:
         self.damaged[pack] = str(error)
       except FileNotFoundError:
-        continue  # removed since it was listed
+        continue  # being written, or removed since it was listed
     gone = [(pack,) for pack in known - present]
     if not (new or gone):
       return

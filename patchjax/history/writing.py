@@ -8,10 +8,8 @@ else into one checkpoint.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
-import os
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -24,6 +22,7 @@ from patchjax.history import index as indices
 from patchjax.history.files import Files
 from patchjax.history.index import Index, Location
 from patchjax.history.reading import LeafReader
+from patchjax.history.threads import each
 from patchjax.trees import dtypes
 from patchjax.trees.digest import Entry
 from patchjax.trees.errors import (
@@ -36,8 +35,6 @@ from patchjax.trees.errors import (
 # A snapshot repeats equal leaves under each of their names up to this many
 # bytes, so that who opens it with Orbax finds them all.
 _REPEATED = 64 * 1024
-
-_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +103,9 @@ class LeafWriter:
     arrays: dict[str, np.ndarray] = {}
     places: dict[str, Location] = {}
     # numpy and zstd work outside the interpreter's lock.
-    threads = min(_THREADS, os.cpu_count() or 1)
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-      for place, array in pool.map(_encode, jobs):
-        arrays[place.key] = array
-        places[place.digest] = place
+    for place, array in each(_encode, jobs):
+      arrays[place.key] = array
+      places[place.digest] = place
     spelled = indices.spell(places.values())
     blob = blobs.pack(arrays, spelled)
     if blob is not None:
