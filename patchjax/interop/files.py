@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
+from typing import IO, Any
 
 import numpy as np
 
+from patchjax.patches import storage
 from patchjax.trees.dtypes import KINDS, host, is_array
 from patchjax.trees.errors import DtypeError, FormatError, StructureError
 from patchjax.trees.names import join, named_leaves, nested, split
@@ -69,6 +68,7 @@ def load_params(path: str | os.PathLike[str]) -> Any:
     OSError: if it cannot be opened.
 
   Example:
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   path = f"{folder}/params.npz"
     ...   save_params(path, {"dense": {"bias": np.ones(2, np.float32)}})
@@ -155,14 +155,14 @@ def save_params(
         f"{path}: npz has no {arrays[odd[0]].dtype} (leaf {odd[0]!r}); "
         "write .safetensors or an Orbax directory"
       )
-    with _replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
+    with storage.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
       # np.savez would take a leaf called "file" for its own argument.
       for name, array in arrays.items():
         with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
           np.lib.format.write_array(member, array, allow_pickle=False)
   else:
-    with _replacing(path) as part:
-      _write_safetensors(part, named)
+    with storage.replacing(path) as file:
+      _write_safetensors(file, named)
 
 
 def read_safetensors(
@@ -181,30 +181,15 @@ def read_safetensors(
       JAX does not.
 
   Example:
+    >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   path = f"{folder}/a.safetensors"
     ...   save_params(path, {"w": np.int8([1, 2])})
     ...   read_safetensors(path)[0]["w"].tolist()
     [1, 2]
   """
-  import safetensors
-
-  path = pathlib.Path(path)
-  try:
-    # The reference implementation checks header, offsets and length; numpy
-    # then maps what it has no reader for (fp8).
-    with safetensors.safe_open(path, framework="np"):
-      pass
-  except safetensors.SafetensorError as error:
-    raise FormatError(
-      f"{path} is not a valid safetensors file ({error}); it may be "
-      "truncated: fetch it again"
-    ) from error
-  with open(path, "rb") as file:
-    length = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(length))
+  header, data = storage.open_safetensors(path)
   metadata = header.pop("__metadata__", {})
-  data = np.memmap(path, np.uint8, "r")[8 + length :].view(np.ndarray)
   arrays = {}
   for key, spec in header.items():
     if spec["dtype"] not in _CODES:
@@ -214,11 +199,12 @@ def read_safetensors(
       )
     dtype = KINDS[_CODES[spec["dtype"]]].dtype
     begin, end = spec["data_offsets"]
-    arrays[key] = data[begin:end].view(dtype).reshape(spec["shape"])
+    words = np.asarray(data[begin:end])
+    arrays[key] = words.view(dtype).reshape(spec["shape"])
   return arrays, metadata
 
 
-def _write_safetensors(path: pathlib.Path, named: Mapping[str, Any]) -> None:
+def _write_safetensors(file: IO[bytes], named: Mapping[str, Any]) -> None:
   codes = {dtype: code for code, dtype in _CODES.items()}
   found = {name: host(leaf) for name, leaf in named.items()}
   header, end = {}, 0
@@ -239,10 +225,9 @@ def _write_safetensors(path: pathlib.Path, named: Mapping[str, Any]) -> None:
     }
   text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
   text += b" " * (-len(text) % 8)
-  with open(path, "wb") as file:
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-      file.write(np.ascontiguousarray(found[name][0]).data)
+  file.write(len(text).to_bytes(8, "little") + text)
+  for name in order:
+    file.write(np.ascontiguousarray(found[name][0]).data)
 
 
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -283,23 +268,3 @@ def _plain(name: str, leaf: Any) -> np.ndarray:
       "keeps; leave it out, or save jax.random.key_data of it"
     )
   return np.asarray(leaf)
-
-
-@contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a temporary path that becomes `path` if nothing goes wrong."""
-  handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-  os.close(handle)
-  part = pathlib.Path(name)
-  try:
-    yield part
-    with open(part, "rb") as file:
-      os.fsync(file.fileno())
-    # mkstemp makes files for the owner alone; a model file is as public as
-    # any other the user makes.
-    umask = os.umask(0)
-    os.umask(umask)
-    part.chmod(0o666 & ~umask)
-    part.replace(path)
-  finally:
-    part.unlink(missing_ok=True)

@@ -17,13 +17,13 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import safetensors
 
+from patchjax.patches import storage
 from patchjax.patches.codes import CODES, Quantized, Sparse
 from patchjax.patches.deltas import AnyDelta, Delete, Delta, Insert, Rename
 from patchjax.patches.laws import LAWS
@@ -66,7 +66,7 @@ def save(
   """
   path = pathlib.Path(path)
   data = dumps(patch, base=base)
-  with _replacing(path) as file:
+  with storage.replacing(path) as file:
     for part in data:
       file.write(part)
 
@@ -134,33 +134,6 @@ def _tensor(dtype: str, shape: Any, start: int, size: int) -> dict[str, Any]:
     "shape": list(shape),
     "data_offsets": [start, start + size],
   }
-
-
-class _replacing:
-  """Writes a file beside the wanted one, which it replaces when complete."""
-
-  def __init__(self, path: pathlib.Path):
-    self.path = path
-
-  def __enter__(self):
-    self.file = tempfile.NamedTemporaryFile(
-      dir=self.path.parent, prefix=f".{self.path.name}.", delete=False
-    )
-    return self.file
-
-  def __exit__(self, kind, error, trace):
-    try:
-      if kind is None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-      self.file.close()
-      if kind is None:
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(self.file.name, 0o666 & ~umask)
-        os.replace(self.file.name, self.path)
-    finally:
-      pathlib.Path(self.file.name).unlink(missing_ok=True)
 
 
 def _spell(
@@ -285,7 +258,7 @@ def load(path: str | os.PathLike[str]) -> Patch:
     OSError: if it cannot be read.
   """
   path = pathlib.Path(path)
-  header, body = _open(path)
+  header, body = storage.open_safetensors(path)
   metadata = header.get("__metadata__", {})
   if metadata.get("format") != FORMAT:
     raise FormatError(
@@ -321,22 +294,6 @@ def is_patch_file(path: str | os.PathLike[str]) -> bool:
       return (file.metadata() or {}).get("format") == FORMAT
   except safetensors.SafetensorError:
     return False
-
-
-def _open(path: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
-  """Header and mapped data of a safetensors file that is well formed."""
-  try:
-    # The reference reader refuses overlaps, holes and wrong sizes.
-    with safetensors.safe_open(path, framework="numpy"):
-      pass
-  except safetensors.SafetensorError as error:
-    raise FormatError(
-      f"{path}: truncated, or not a safetensors file ({error}); get the "
-      "file again"
-    ) from error
-  whole = np.memmap(path, np.uint8, mode="r")
-  size = int.from_bytes(whole[:8].tobytes(), "little")
-  return json.loads(whole[8 : 8 + size].tobytes()), whole[8 + size :]
 
 
 @dataclasses.dataclass(frozen=True)
