@@ -15,7 +15,7 @@ from patchjax.patches.meshes import on_leaf_mesh
 from patchjax.patches.patch import Patch, Structure
 from patchjax.trees.check import check_named
 from patchjax.trees.digest import tree_id
-from patchjax.trees.dtypes import is_array, is_wide
+from patchjax.trees.dtypes import is_array, is_traced, is_wide
 from patchjax.trees.errors import (
   BaseMismatchError,
   DtypeError,
@@ -279,7 +279,7 @@ _UNDO = tuple(
 
 def _wide(name: str, leaf: Any, delta: Delta, dtype: Any, undo: bool) -> Any:
   """64-bit leaves while JAX is set to 32: on the host, or not at all."""
-  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(delta)):
+  if any(is_traced(x) for x in jax.tree.leaves(delta)):
     raise DtypeError(
       f"{name}: {leaf.dtype} leaves cannot be traced while JAX narrows them "
       "to 32 bits; set jax_enable_x64, or patch them outside jit"

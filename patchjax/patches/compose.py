@@ -14,7 +14,7 @@ from patchjax.patches.deltas import AnyDelta, Delete, Delta, Insert, Rename
 from patchjax.patches.meshes import on_leaf_mesh
 from patchjax.patches.patch import Patch, kind_of
 from patchjax.trees.check import check_named
-from patchjax.trees.dtypes import widened
+from patchjax.trees.dtypes import is_traced, widened
 from patchjax.trees.errors import LawError
 
 
@@ -143,9 +143,7 @@ def _whole(code: Any, identity: Any, dtype: Any) -> jax.Array:
 
 
 def _concrete(*codes: Any) -> bool:
-  return not any(
-    isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(codes)
-  )
+  return not any(is_traced(leaf) for leaf in jax.tree.leaves(codes))
 
 
 def _side_by_side(p: LowRank, q: LowRank) -> LowRank:
@@ -192,5 +190,7 @@ def _rank(indices: np.ndarray, some: np.ndarray) -> np.ndarray:
   """Where each row of `some` stands in the sorted `indices`."""
   if indices.ndim == 1:
     return np.searchsorted(indices, some)
-  wide = [i[:, 0].astype(np.int64) << 32 | i[:, 1] for i in (indices, some)]
-  return np.searchsorted(*wide)
+  every, wanted = (
+    i[:, 0].astype(np.int64) << 32 | i[:, 1] for i in (indices, some)
+  )
+  return np.searchsorted(every, wanted)

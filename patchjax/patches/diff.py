@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from patchjax.patches import words
@@ -20,6 +21,7 @@ from patchjax.trees.dtypes import (
   host,
   is_array,
   is_key,
+  is_traced,
   is_wide,
 )
 from patchjax.trees.errors import MismatchError, StructureError
@@ -27,7 +29,7 @@ from patchjax.trees.names import named_leaves
 from patchjax.trees.selectors import select_named
 
 
-def task_vector(leaf: Any, base: Any) -> jax.Array:
+def task_vector(leaf: Any, base: Any) -> Any:
   """Returns `f32(leaf) - f32(base)`, the task vector of one leaf.
 
   This very expression is used wherever a task vector is counted, trimmed or
@@ -44,9 +46,7 @@ def task_vector(leaf: Any, base: Any) -> jax.Array:
   wide = compute_dtype(base)
   if is_wide(base):
     return np.asarray(leaf).astype(wide) - np.asarray(base).astype(wide)
-  return jax.numpy.asarray(leaf).astype(wide) - jax.numpy.asarray(base).astype(
-    wide
-  )
+  return jnp.asarray(leaf).astype(wide) - jnp.asarray(base).astype(wide)
 
 
 def diff(
@@ -146,7 +146,7 @@ def _check_passengers(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 def _known_equal(old: Any, new: Any) -> bool:
   """Whether two leaves are concrete and have the same bits."""
-  if isinstance(old, jax.core.Tracer) or isinstance(new, jax.core.Tracer):
+  if is_traced(old) or is_traced(new):
     return False
   if isinstance(old, jax.ShapeDtypeStruct):
     return False

@@ -272,3 +272,18 @@ def widened(dtype: Any) -> np.dtype:
   if dtype.kind == "c" or dtype.itemsize > 4:
     return dtype
   return np.dtype("float32")
+
+
+def is_traced(x: Any) -> bool:
+  """Returns whether a leaf is the tracer of an array: its numbers are unknown.
+
+  Args:
+    x: a leaf.
+
+  Example:
+    >>> is_traced(np.zeros(2))
+    False
+  """
+  import jax.core
+
+  return isinstance(x, jax.core.Tracer)

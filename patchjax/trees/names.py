@@ -193,7 +193,7 @@ def nested(named: Mapping[str, Leaf]) -> Any:
     {'dense': {'kernel': 1, 'bias': 2}}
   """
   root: dict[str, Any] = {}
-  folders = {(): root}
+  folders: dict[Name, dict[str, Any]] = {(): root}
   leaves = set()
   for text, leaf in named.items():
     *parents, last = split(text)
