@@ -217,7 +217,8 @@ def device(words: np.ndarray, dtype: str) -> Any:
   if match := _KEY.fullmatch(dtype):
     import jax
 
-    return jax.random.wrap_key_data(words, impl=_IMPLS[match[1]])
+    data = jax.numpy.asarray(words)
+    return jax.random.wrap_key_data(data, impl=_IMPLS[match[1]])
   return from_words(words, dtype)
 
 

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from patchjax.trees.errors import StructureError
-
-if TYPE_CHECKING:
-  import jax
 
 # jax is imported by the functions that need it: a history can be listed, and
 # its names read, without.
@@ -112,7 +109,7 @@ def _canonical(paths: Sequence[tuple[Any, ...]]) -> list[Name]:
   ]
 
 
-def flatten(tree: Any) -> tuple[dict[str, Leaf], jax.tree_util.PyTreeDef]:
+def flatten(tree: Any) -> tuple[dict[str, Leaf], Any]:
   """Returns the leaves of a pytree under their text names, and its treedef.
 
   Args:
