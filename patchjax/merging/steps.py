@@ -11,6 +11,7 @@ import functools
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from patchjax.patches import selection, transform
 
@@ -70,7 +71,7 @@ def _balance(deltas, method):
 
 def _elect_start(state, shapes, k, *, method, zero):
   del state, shapes, method, zero
-  return jnp.asarray(k == 0)
+  return np.asarray(k == 0)
 
 
 def _elect_reduce(leaf, deltas, state, carry, *, method, zero):

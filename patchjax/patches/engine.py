@@ -24,8 +24,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from patchjax.patches import laws, placement, selection, transform
-from patchjax.patches.codes import Dense
+from patchjax.patches import laws, pinned, placement, selection, transform
+from patchjax.patches.codes import Dense, Sparse
 from patchjax.patches.deltas import Delta
 from patchjax.patches.diff import task_vector
 from patchjax.patches.meshes import explicit_sharding, on_leaf_mesh
@@ -113,18 +113,31 @@ def _count(
   )
 
 
+def _count_whole(
+    stages: Stages, index: int, leaf, base, sources, state, shared
+) -> Any:
+  """Returns `_count` where earlier stages first count over the leaf alone."""
+  shared = _leaf_passes(
+      stages, index, leaf, base, sources, state, shared
+  )
+  return _count(stages, index, leaf, base, sources, state, shared)
+
+
 def _finish(stages: Stages, index: int, total, carry) -> Any:
   step, options = stages[index]
   return step.finish(total, carry, **dict(options))
 
 
-def _leaf_passes(stages: Stages, leaf, base, sources, state, shared) -> Any:
-  """Runs the passes of stages that count over each leaf alone."""
+def _leaf_passes(
+    stages: Stages, count: int, leaf, base, sources, state, shared
+) -> Any:
+  """Runs the passes of those of the first stages that count in a leaf."""
+  base, sources, state = lax.stop_gradient((base, sources, state))
   shared = list(shared)
-  for index, (step, options) in enumerate(stages):
+  for index, (step, options) in enumerate(stages[:count]):
     if transform.scope_of(step, options) != "leaf":
       continue
-    held = (base, sources, lax.stop_gradient(state))
+    held = (base, sources, state)
 
     def body(carry, index=index, held=held, shared=tuple(shared)):
       # Without the barrier the compiler computes the deltas once, before the
@@ -151,7 +164,9 @@ def _update(
     shared,
 ) -> Any:
   """Returns one leaf's result, and how many of its numbers are not finite."""
-  shared = _leaf_passes(stages, leaf, base, sources, state, shared)
+  shared = _leaf_passes(
+      stages, len(stages), leaf, base, sources, state, shared
+  )
   wide = _wide(base)
   deltas = _deltas(base, sources, leaf.shape)
   method = transform.Transform(({},) * len(stages), stages)
@@ -239,18 +254,9 @@ def run(
     )
 
   runner = _Inline() if traced else _Eager(donate)
-  shared = []
-  for index, (step, options) in enumerate(method.stages):
-    opts = dict(options)
-    carry = None
-    if transform.scope_of(step, options) == "tree":
-      carry = step.start(state[index], ordered, contributors, **opts)
-      now = (*shared, carry, *(None,) * (len(method.stages) - index - 1))
-      works = lambda: ((leaf_of(n, w), w) for n, f in leaves.items() for w in [f()])
-      carry = runner.passes(method.stages, index, works, state, now)
-    shared.append(carry)
+  shared: list[Any] = [None] * len(method.stages)
 
-  def starts(work: Work) -> tuple[Any, ...]:
+  def carries(work: Work) -> tuple[Any, ...]:
     return tuple(
         step.start(state[i], [work.shape], contributors, **dict(options))
         if transform.scope_of(step, options) == "leaf"
@@ -258,11 +264,24 @@ def run(
         for i, (step, options) in enumerate(method.stages)
     )
 
+  def works() -> Iterator[tuple[placement.Leaf, Work, tuple[Any, ...]]]:
+    for name, fetch in leaves.items():
+      work = fetch()
+      yield leaf_of(name, work), work, carries(work)
+
+  for index, (step, options) in enumerate(method.stages):
+    if leaves and transform.scope_of(step, options) == "tree":
+      start = step.start(
+          state[index], ordered, contributors, **dict(options)
+      )
+      shared[index] = runner.passes(
+          method.stages, index, works, state, start
+      )
   for name, fetch in leaves.items():
     work = fetch()
+    leaf = leaf_of(name, work)
     yield name, runner.update(
-        method.stages, as_params, name, leaf_of(name, work), work, state,
-        starts(work),
+        method.stages, as_params, name, leaf, work, state, carries(work)
     )
   runner.check()
 
@@ -270,24 +289,21 @@ def run(
 class _Inline:
   """Everything in the trace of a transformation of the user's."""
 
-  def passes(self, stages, index, works, state, shared):
-    held = (tuple(works()), lax.stop_gradient(state))
-    held = ([(leaf, w.base, w.sources) for leaf, w in held[0]], held[1])
+  def passes(self, stages, index, works, state, start):
+    held = [(leaf, w.base, w.sources, now) for leaf, w, now in works()]
+    held = lax.stop_gradient((held, state))
 
     def body(carry):
       (items, state_), carry = lax.optimization_barrier((held, carry))
-      now = (*shared[:index], carry[0], *shared[index + 1 :])
       total = None
-      for leaf, base, sources in items:
-        one = _count(stages, index, leaf, base, sources, state_, now)
+      for leaf, base, sources, now in items:
+        now = (*now[:index], carry[0], *now[index + 1 :])
+        one = _count_whole(stages, index, leaf, base, sources, state_, now)
         total = one if total is None else jax.tree.map(jnp.add, total, one)
       return _finish(stages, index, total, carry[0])
 
-    if not held[0]:
-      return shared[index]
-    held = lax.stop_gradient(held)
     carry, _ = lax.while_loop(
-        lambda carry: ~carry[1], body, (shared[index], jnp.asarray(False))
+        lambda carry: ~carry[1], body, (start, jnp.asarray(False))
     )
     return carry
 
@@ -309,21 +325,20 @@ class _Eager:
     self._donate = donate
     self._bad = {}
 
-  def passes(self, stages, index, works, state, shared):
+  def passes(self, stages, index, works, state, start):
     count, finish = _count_jit(stages, index), _finish_jit(stages, index)
-    carry, done = shared[index], False
+    carry, done = start, False
     while not done:
-      now = (*shared[:index], carry, *shared[index + 1 :])
       # Leaves of one set of devices are summed there, the sets on the host.
-      totals = {}
-      for leaf, work in works():
+      totals: dict[Any, Any] = {}
+      for leaf, work, now in works():
+        now = (*now[:index], carry, *now[index + 1 :])
         where = _devices(work.base)
         totals[where] = count(
             leaf, work.base, work.sources, state, now, totals.get(where)
         )
-      if not totals:
-        return carry
-      total = jax.tree.map(lambda *xs: sum(xs), *jax.device_get(list(totals.values())))
+      parts = jax.device_get(list(totals.values()))
+      total = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
       carry, done = jax.device_get(finish(total, carry))
     return carry
 
@@ -367,7 +382,7 @@ def _devices(x: Any) -> Any:
 def _count_jit(stages: Stages, index: int) -> Callable[..., Any]:
   @jax.jit
   def count(leaf, base, sources, state, shared, total):
-    one = _count(stages, index, leaf, base, sources, state, shared)
+    one = _count_whole(stages, index, leaf, base, sources, state, shared)
     return one if total is None else jax.tree.map(jnp.add, total, one)
 
   return count
@@ -408,6 +423,11 @@ def held_dense(base: Any, delta: Delta) -> Delta:
   if delta.law == "add" and isinstance(delta.code, Dense):
     return delta
   shape = tuple(delta.code.shape if base is None else base.shape)
+  if delta.law == "add" and isinstance(delta.code, Sparse):
+    # On the host: a compiled scatter for each number of entries would take
+    # longer than all passes over them.
+    wide = np.float32 if base is None else laws.compute_dtype(base)
+    whole = pinned.apply_host(np.zeros(shape, wide), delta)
+    like = getattr(base, "sharding", None)
+    return Delta(Dense(jax.device_put(whole, like)), "add")
   return Delta(Dense(_whole(base, delta, shape)), "add")
-
-

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from patchjax.patches import transform
 from patchjax.patches.codes import Quantized, spread
@@ -179,7 +180,7 @@ def ternarize(
 
 def _ternarize_start(state, shapes, k, *, scope):
   del state, shapes, scope
-  return jnp.zeros((k,), jnp.float32)
+  return np.zeros((k,), np.float32)
 
 
 def _ternarize_reduce(leaf, deltas, state, carry, *, scope):

@@ -302,10 +302,11 @@ def search(
       is wanted.
   """
   return Search(
-      k=jnp.asarray(k, jnp.int32),
-      found=jnp.zeros(4, jnp.uint32),
-      phase=jnp.int32(0),
-      step=jnp.uint32(1 << widths[0]),
+      # On the host where k is: nothing small to compile outside jit.
+      k=k,
+      found=np.zeros(4, np.uint32),
+      phase=np.int32(0),
+      step=np.uint32(1 << widths[0]),
       widths=widths,
       early=early,
   )
@@ -348,45 +349,43 @@ def count_keys(x: Array, leaf: placement.Leaf, state: Search) -> Array:
   """
   words, _ = thresholds(state)
   bits = magnitude_bits(x)
-  local = leaf.local
-
-  def first(_):
-    return count_true(
-        tuple(bits >= word.astype(bits.dtype) for word in words), local=local
-    )
-
-  def later(_):
-    key = _key(bits, leaf)
-    masks = []
-    for word in words:
-      cut = jnp.where(
-          jnp.arange(4) == state.phase, word, state.found
-      )
-      masks.append(_not_below(key, cut))
-    return count_true(tuple(masks), local=local)
-
   if len(state.widths) == 1:
-    return first(None)
-  return lax.cond(state.phase == 0, first, later, None)
+    masks = [bits >= word.astype(bits.dtype) for word in words]
+  else:
+    # The word that is searched is replaced; those after it are still 0.
+    here = jnp.arange(4) == state.phase
+    index = leaf.index()
+    masks = [
+        _not_below(bits, leaf, index, jnp.where(here, word, state.found))
+        for word in words
+    ]
+  return count_true(tuple(masks), local=leaf.local)
 
 
-def _key(bits: Array, leaf: placement.Leaf) -> tuple[Array, ...]:
-  row, column = leaf.index()
+def _not_below(
+    bits: Array, leaf: placement.Leaf, index: tuple[Array, Array], cut: Array
+) -> Array:
+  """Returns whether keys are at or above a cut, word by word.
+
+  Written with three comparisons an entry, all else on scalars, and without a
+  branch: a branch would have its operands computed and stored first.
+  """
+  bits = bits.astype(jnp.uint32)
+  row, column = index
   rows, columns = placement.extents(leaf.shape)
-  return (
-      bits.astype(jnp.uint32),
-      leaf.after,
-      jnp.uint32(rows - 1) - row,
-      jnp.uint32(columns - 1) - column,
-  )
-
-
-def _not_below(key: tuple[Array, ...], cut: Array) -> Array:
-  """Returns whether the words of a key are lexicographically >= a cut."""
-  result = key[-1] >= cut[len(key) - 1]
-  for i in range(len(key) - 2, -1, -1):
-    result = (key[i] > cut[i]) | ((key[i] == cut[i]) & result)
-  return result
+  all_ties = leaf.after > cut[1]
+  some_ties = leaf.after == cut[1]
+  if rows > 1:
+    row = jnp.uint32(rows - 1) - row
+    all_ties = all_ties | (some_ties & (row > cut[2]))
+    some_ties = some_ties & (row == cut[2])
+  else:
+    some_ties = some_ties & (cut[2] == jnp.uint32(0))
+  # Indices are below 2**31: above them all no tie passes.
+  last = jnp.where(some_ties, cut[3], jnp.uint32(0xFFFFFFFF))
+  last = jnp.where(all_ties, jnp.uint32(0), last)
+  tie = (jnp.uint32(columns - 1) - column) >= last
+  return (bits > cut[0]) | ((bits == cut[0]) & tie)
 
 
 def narrow(counts: Array, state: Search) -> Search:
@@ -435,7 +434,7 @@ def keep(x: Array, leaf: placement.Leaf, state: Search) -> Array:
   if len(state.widths) == 1:
     mask = bits >= state.found[0].astype(bits.dtype)
   else:
-    mask = _not_below(_key(bits, leaf), state.found)
+    mask = _not_below(bits, leaf, leaf.index(), state.found)
   return mask & some
 
 
