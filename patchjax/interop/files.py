@@ -23,30 +23,6 @@ from patchjax.trees.names import join, named_leaves, nested, split
 
 SUFFIXES = (".safetensors", ".npz")
 
-# safetensors' codes; the format has none for fp8 variants and 4-bit integers
-# beyond these.
-_CODES = {
-  "BOOL": "bool",
-  "U8": "uint8",
-  "I8": "int8",
-  "U16": "uint16",
-  "I16": "int16",
-  "U32": "uint32",
-  "I32": "int32",
-  "U64": "uint64",
-  "I64": "int64",
-  "F16": "float16",
-  "BF16": "bfloat16",
-  "F32": "float32",
-  "F64": "float64",
-  "C64": "complex64",
-  "F8_E4M3": "float8_e4m3fn",
-  "F8_E5M2": "float8_e5m2",
-  "F8_E8M0": "float8_e8m0fnu",
-  "F8_E4M3FNUZ": "float8_e4m3fnuz",
-  "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}
-
 
 def load_params(path: str | os.PathLike[str]) -> Any:
   """Reads parameters from a file, or from an Orbax checkpoint directory.
@@ -190,22 +166,14 @@ def read_safetensors(
   """
   header, data = storage.open_safetensors(path)
   metadata = header.pop("__metadata__", {})
-  arrays = {}
-  for key, spec in header.items():
-    if spec["dtype"] not in _CODES:
-      raise FormatError(
-        f"{path}: {key!r} is of dtype {spec['dtype']}, which JAX does not "
-        f"have; known are {', '.join(_CODES)}"
-      )
-    dtype = KINDS[_CODES[spec["dtype"]]].dtype
-    begin, end = spec["data_offsets"]
-    words = np.asarray(data[begin:end])
-    arrays[key] = words.view(dtype).reshape(spec["shape"])
+  arrays = {
+    key: storage.view(path, key, tensor, data) for key, tensor in header.items()
+  }
   return arrays, metadata
 
 
 def _write_safetensors(file: IO[bytes], named: Mapping[str, Any]) -> None:
-  codes = {dtype: code for code, dtype in _CODES.items()}
+  codes = {dtype: code for code, dtype in storage.CODES.items()}
   found = {name: host(leaf) for name, leaf in named.items()}
   header, end = {}, 0
   # Wide words first, so that every array is aligned in a memory map.

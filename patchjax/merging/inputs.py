@@ -12,8 +12,14 @@ from patchjax.patches import engine, laws
 from patchjax.patches.deltas import Delta
 from patchjax.patches.patch import Patch, Structure
 from patchjax.trees.check import check_named
-from patchjax.trees.dtypes import KINDS, dtype_name, host, is_array, is_key
-from patchjax.trees.dtypes import is_wide
+from patchjax.trees.dtypes import (
+  KINDS,
+  dtype_name,
+  host,
+  is_array,
+  is_key,
+  is_wide,
+)
 from patchjax.trees.errors import DtypeError, MismatchError, StructureError
 from patchjax.trees.names import named_leaves
 from patchjax.trees.selectors import select_named
@@ -28,7 +34,7 @@ def is_float(leaf: Any) -> bool:
 
 
 def sources_of(
-    base: Mapping[str, Any], contributors: Sequence[Any]
+  base: Mapping[str, Any], contributors: Sequence[Any]
 ) -> list[dict[str, Any]]:
   """Returns, for each contributor, its leaf or delta by name where it has one.
 
@@ -41,11 +47,11 @@ def sources_of(
     StructureError: if a patch is structural, or there is no contributor.
   """
   if isinstance(contributors, Patch) or not isinstance(
-      contributors, list | tuple
+    contributors, list | tuple
   ):
     raise TypeError(
-        "contributors must be a list of pytrees or patches, got "
-        f"{type(contributors).__name__}"
+      "contributors must be a list of pytrees or patches, got "
+      f"{type(contributors).__name__}"
     )
   if not contributors:
     raise StructureError("there is nothing to merge: contributors is empty")
@@ -61,40 +67,43 @@ def sources_of(
     leaves = named_leaves(contributor)
     check_named(arrays, leaves, what=what)
     changed = [
-        name for name, leaf in base.items()
-        if not is_array(leaf) and leaf != leaves.get(name, leaf)
+      name
+      for name, leaf in base.items()
+      if not is_array(leaf) and leaf != leaves.get(name, leaf)
     ]
     if changed:
       raise MismatchError(
-          f"{what} differs in leaves that are no arrays: {', '.join(changed)}; "
-          "make them equal"
+        f"{what} differs in leaves that are no arrays: {', '.join(changed)}; "
+        "make them equal"
       )
-    found.append({
+    found.append(
+      {
         name: leaves[name]
         for name, leaf in arrays.items()
         if leaves[name] is not leaf
-    })
+      }
+    )
   return found
 
 
 def _of_patch(
-    arrays: dict[str, Any], patch: Patch, what: str
+  arrays: dict[str, Any], patch: Patch, what: str
 ) -> dict[str, Any]:
   if patch.structural:
     raise StructureError(
-        f"{what} inserts, deletes or renames leaves; such patches are not "
-        "averaged: apply it to the base and to the other contributors first"
+      f"{what} inserts, deletes or renames leaves; such patches are not "
+      "averaged: apply it to the base and to the other contributors first"
     )
   if patch.structure is not None and patch.structure != Structure.of(arrays):
     check_named(
-        patch.structure.leaves, arrays, what=f"the base that {what} is for"
+      patch.structure.leaves, arrays, what=f"the base that {what} is for"
     )
   absent = [name for name in patch.deltas if name not in arrays]
   if absent:
     raise MismatchError(
-        f"{what} changes leaves that the base lacks:\n"
-        + "\n".join(f" - {name}" for name in absent)
-        + "\nto mend it: patch.rename(rules)"
+      f"{what} changes leaves that the base lacks:\n"
+      + "\n".join(f" - {name}" for name in absent)
+      + "\nto mend it: patch.rename(rules)"
     )
   return dict(patch.deltas)
 
@@ -109,16 +118,20 @@ def floats_of(base: Mapping[str, Any], only: Any) -> dict[str, Any]:
   Raises:
     SelectionError: if `only` picks nothing.
   """
-  picked = base if only is None else dict.fromkeys(
+  picked = (
+    base
+    if only is None
+    else dict.fromkeys(
       select_named({n: x for n, x in base.items() if is_array(x)}, only)
+    )
   )
   return {name: base[name] for name in picked if is_float(base[name])}
 
 
 def agreed(
-    base: Mapping[str, Any],
-    sources: Sequence[Mapping[str, Any]],
-    names: Sequence[str],
+  base: Mapping[str, Any],
+  sources: Sequence[Mapping[str, Any]],
+  names: Sequence[str],
 ) -> dict[str, Any]:
   """Returns the leaves on which all contributors must agree, changed or not.
 
@@ -141,9 +154,12 @@ def agreed(
     if engine.is_traced(base[name], given):
       continue
     values = [
-        base[name] if g is None
-        else laws.act(base[name], g) if isinstance(g, Delta) else g
-        for g in given
+      base[name]
+      if g is None
+      else laws.act(base[name], g)
+      if isinstance(g, Delta)
+      else g
+      for g in given
     ]
     words = [host(value)[0] for value in values]
     if all(np.array_equal(words[0], other) for other in words[1:]):
@@ -152,9 +168,9 @@ def agreed(
       bad.append(f" - {name}: {dtype_name(base[name])}")
   if bad:
     raise MismatchError(
-        "contributors differ in leaves that have no mean:\n"
-        + "\n".join(bad)
-        + "\nto mend it: make them equal, or leave them out with only="
+      "contributors differ in leaves that have no mean:\n"
+      + "\n".join(bad)
+      + "\nto mend it: make them equal, or leave them out with only="
     )
   return result
 
@@ -171,10 +187,10 @@ def check_narrow(leaves: Mapping[str, Any]) -> None:
   wide = [f" - {n}: {dtype_name(x)}" for n, x in leaves.items() if is_wide(x)]
   if wide:
     raise DtypeError(
-        "64-bit leaves cannot be merged while JAX narrows them to 32 bits:\n"
-        + "\n".join(wide)
-        + "\nto mend it: jax.config.update('jax_enable_x64', True), or cast "
-        "them, or leave them out with only="
+      "64-bit leaves cannot be merged while JAX narrows them to 32 bits:\n"
+      + "\n".join(wide)
+      + "\nto mend it: jax.config.update('jax_enable_x64', True), or cast "
+      "them, or leave them out with only="
     )
 
 

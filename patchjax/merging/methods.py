@@ -46,20 +46,20 @@ def task_arithmetic(*, weights: Any = 1.0, scale: Any = 1.0) -> Transform:
     [3.0]
   """
   return chain(
-      steps.weighted_sum(weights=_numbers(weights)), steps.scale(scale)
+    steps.weighted_sum(weights=_numbers(weights)), steps.scale(scale)
   )
 
 
 def ties(
-    *,
-    density: Any = 0.2,
-    scale: Any = 1.0,
-    weights: Any = None,
-    scope: Literal["tree", "leaf"] | None = None,
-    method: Literal["total", "frequency"] = "total",
-    weights_in_election: bool | None = None,
-    exact_k: bool | None = None,
-    flavour: Literal["paper", "mergekit"] = "paper",
+  *,
+  density: Any = 0.2,
+  scale: Any = 1.0,
+  weights: Any = None,
+  scope: Literal["tree", "leaf"] | None = None,
+  method: Literal["total", "frequency"] = "total",
+  weights_in_election: bool | None = None,
+  exact_k: bool | None = None,
+  flavour: Literal["paper", "mergekit"] = "paper",
 ) -> Transform:
   """Returns TIES: trim, elect signs, average what agrees.
 
@@ -98,18 +98,18 @@ def ties(
     exact_k = not paper
   weights = _numbers(weights)
   return chain(
-      trim(
-          density=_numbers(density),
-          scope=scope or ("tree" if paper else "leaf"),
-          exact_k=exact_k,
-      ),
-      steps.elect_sign(
-          method=method,
-          zero="majority" if paper else "positive",
-          weights=weights if weights_in_election else None,
-      ),
-      steps.disjoint_mean(weights=weights, in_sum=not weights_in_election),
-      steps.scale(scale),
+    trim(
+      density=_numbers(density),
+      scope=scope or ("tree" if paper else "leaf"),
+      exact_k=exact_k,
+    ),
+    steps.elect_sign(
+      method=method,
+      zero="majority" if paper else "positive",
+      weights=weights if weights_in_election else None,
+    ),
+    steps.disjoint_mean(weights=weights, in_sum=not weights_in_election),
+    steps.scale(scale),
   )
 
 

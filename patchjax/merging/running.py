@@ -18,13 +18,13 @@ from patchjax.trees.names import flatten
 
 
 def merge(
-    base: Any,
-    contributors: Sequence[Any],
-    method: Transform,
-    *,
-    state: Any = None,
-    only: Any = None,
-    donate: bool = False,
+  base: Any,
+  contributors: Sequence[Any],
+  method: Transform,
+  *,
+  state: Any = None,
+  only: Any = None,
+  donate: bool = False,
 ) -> Any:
   """Returns the base with the contributors' changes merged into it.
 
@@ -78,12 +78,12 @@ def merge(
 
 
 def combine(
-    patches: Sequence[Patch],
-    method: Transform,
-    *,
-    base: Any = None,
-    state: Any = None,
-    only: Any = None,
+  patches: Sequence[Patch],
+  method: Transform,
+  *,
+  base: Any = None,
+  state: Any = None,
+  only: Any = None,
 ) -> Patch:
   """Returns the one patch that patches on the same base merge to.
 
@@ -115,9 +115,9 @@ def combine(
   digests = {patch.base for patch in patches} - {None}
   if len(digests) > 1:
     raise BaseMismatchError(
-        "the patches were made for different bases: "
-        + ", ".join(sorted(str(d)[:12] for d in digests))
-        + "; merge patches of one base, or rebase them first"
+      "the patches were made for different bases: "
+      + ", ".join(sorted(str(d)[:12] for d in digests))
+      + "; merge patches of one base, or rebase them first"
     )
   if base is None:
     named = _shapes_of(patches)
@@ -126,13 +126,14 @@ def combine(
   sources = inputs.sources_of(named, patches)
   floats = inputs.floats_of(named, only)
   exact = [
-      name for name in named
-      if name not in floats and any(name in source for source in sources)
+    name
+    for name in named
+    if name not in floats and any(name in source for source in sources)
   ]
   if exact and only is None:
     raise StructureError(
-        "patches of leaves that are not floating point cannot be combined: "
-        f"{', '.join(exact)}; leave them out with only=, or use merge"
+      "patches of leaves that are not floating point cannot be combined: "
+      f"{', '.join(exact)}; leave them out with only=, or use merge"
     )
   if base is None:
     floats = dict.fromkeys(floats)
@@ -141,9 +142,9 @@ def combine(
     shapes = None
   results = _run(floats, sources, method, state, False, False, shapes)
   return Patch(
-      {name: Delta(Dense(out[0]), "add") for name, out in results},
-      next((p.structure for p in patches if p.structure is not None), None),
-      base=next(iter(digests), None),
+    {name: Delta(Dense(out[0]), "add") for name, out in results},
+    next((p.structure for p in patches if p.structure is not None), None),
+    base=next(iter(digests), None),
   )
 
 
@@ -157,11 +158,11 @@ def _shapes_of(patches: Sequence[Patch]) -> dict[str, Any]:
     for name, delta in patch.deltas.items():
       if getattr(delta, "law", "") != "add":
         raise StructureError(
-            f"the change of {name} is no sum, so the base is needed: "
-            "combine(..., base=params)"
+          f"the change of {name} is no sum, so the base is needed: "
+          "combine(..., base=params)"
         )
       shapes.setdefault(
-          name, jax.ShapeDtypeStruct(delta.code.shape, jax.numpy.float32)
+        name, jax.ShapeDtypeStruct(delta.code.shape, jax.numpy.float32)
       )
   return shapes
 
@@ -170,19 +171,19 @@ def check_reducing(method: Transform, k: int) -> None:
   """Raises ValueError unless the method makes one delta of k."""
   if not method.reducing and k != 1:
     raise ValueError(
-        f"the method turns {k} contributors into {k}: {method} has no "
-        "reducing step; end it with mean(), weighted_sum() or disjoint_mean()"
+      f"the method turns {k} contributors into {k}: {method} has no "
+      "reducing step; end it with mean(), weighted_sum() or disjoint_mean()"
     )
 
 
 def _run(
-    floats: dict[str, Any],
-    sources: Sequence[dict[str, Any]],
-    method: Transform,
-    state: Any,
-    as_params: bool,
-    donate: bool,
-    shapes: dict[str, Any] | None = None,
+  floats: dict[str, Any],
+  sources: Sequence[dict[str, Any]],
+  method: Transform,
+  state: Any,
+  as_params: bool,
+  donate: bool,
+  shapes: dict[str, Any] | None = None,
 ):
   """Yields the results of the leaves that some contributor changes."""
   inputs.check_narrow({n: x for n, x in floats.items() if x is not None})
@@ -206,12 +207,12 @@ def _run(
   if shapes is None:
     shapes = {name: tuple(leaf.shape) for name, leaf in floats.items()}
   yield from engine.run(
-      method,
-      state,
-      leaves,
-      shapes,
-      contributors=len(sources),
-      as_params=as_params,
-      donate=donate,
-      traced=traced,
+    method,
+    state,
+    leaves,
+    shapes,
+    contributors=len(sources),
+    as_params=as_params,
+    donate=donate,
+    traced=traced,
   )

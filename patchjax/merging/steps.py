@@ -17,10 +17,10 @@ from patchjax.patches import selection, transform
 
 
 def elect_sign(
-    *,
-    method: Literal["total", "frequency"] = "total",
-    zero: Literal["majority", "positive"] = "majority",
-    weights: Any = None,
+  *,
+  method: Literal["total", "frequency"] = "total",
+  zero: Literal["majority", "positive"] = "majority",
+  weights: Any = None,
 ) -> transform.Transform:
   """Returns the step that drops entries against the elected sign.
 
@@ -41,13 +41,11 @@ def elect_sign(
     elect_sign(method='total', zero='majority')
   """
   if method not in ("total", "frequency"):
-    raise ValueError(
-        f"method must be 'total' or 'frequency', got {method!r}"
-    )
+    raise ValueError(f"method must be 'total' or 'frequency', got {method!r}")
   if zero not in ("majority", "positive"):
     raise ValueError(f"zero must be 'majority' or 'positive', got {zero!r}")
   return transform.Transform.of(
-      _ELECT, {"weights": weights}, method=method, zero=zero
+    _ELECT, {"weights": weights}, method=method, zero=zero
   )
 
 
@@ -55,9 +53,7 @@ def _weighted(deltas, state):
   if "weights" not in state:
     return deltas
   weights = transform.per_contributor(state["weights"], len(deltas))
-  return tuple(
-      d * _as(w, d) for d, w in zip(deltas, weights, strict=True)
-  )
+  return tuple(d * _as(w, d) for d, w in zip(deltas, weights, strict=True))
 
 
 def _as(number, like):
@@ -97,25 +93,25 @@ def _elect(leaf, deltas, base, state, shared, *, method, zero):
   tied = jnp.asarray(True) if zero == "positive" else shared
   up = (balance > nought) | ((balance == nought) & tied)
   return tuple(
-      jnp.where(jnp.where(up, d > nought, d < nought), d, jnp.zeros_like(d))
-      for d in deltas
+    jnp.where(jnp.where(up, d > nought, d < nought), d, jnp.zeros_like(d))
+    for d in deltas
   )
 
 
 _ELECT = transform.register_step(
-    transform.Step(
-        name="elect_sign",
-        update=_elect,
-        start=_elect_start,
-        reduce=_elect_reduce,
-        finish=_elect_finish,
-        scope=lambda *, method, zero: "none" if zero == "positive" else "tree",
-    )
+  transform.Step(
+    name="elect_sign",
+    update=_elect,
+    start=_elect_start,
+    reduce=_elect_reduce,
+    finish=_elect_finish,
+    scope=lambda *, method, zero: "none" if zero == "positive" else "tree",
+  )
 )
 
 
 def disjoint_mean(
-    *, weights: Any = None, in_sum: bool = True
+  *, weights: Any = None, in_sum: bool = True
 ) -> transform.Transform:
   """Returns the step that averages, in each entry, those that are not zero.
 
@@ -135,14 +131,14 @@ def _disjoint(leaf, deltas, base, state, shared, *, in_sum):
   weights = transform.per_contributor(state.get("weights", 1.0), len(deltas))
   zero = jnp.zeros_like(deltas[0])
   mass = functools.reduce(
-      jnp.add,
-      (
-          jnp.where(d != _as(0, d), _as(w, d), zero)
-          for d, w in zip(deltas, weights, strict=True)
-      ),
+    jnp.add,
+    (
+      jnp.where(d != _as(0, d), _as(w, d), zero)
+      for d, w in zip(deltas, weights, strict=True)
+    ),
   )
   total = functools.reduce(
-      jnp.add, _weighted(deltas, state) if in_sum else deltas
+    jnp.add, _weighted(deltas, state) if in_sum else deltas
   )
   # The inner `where` keeps 0/0 out of the derivative as well.
   safe = jnp.where(mass != _as(0, mass), mass, jnp.ones_like(mass))
@@ -150,12 +146,12 @@ def _disjoint(leaf, deltas, base, state, shared, *, in_sum):
 
 
 _DISJOINT = transform.register_step(
-    transform.Step(name="disjoint_mean", update=_disjoint, reducing=True)
+  transform.Step(name="disjoint_mean", update=_disjoint, reducing=True)
 )
 
 
 def weighted_sum(
-    *, weights: Any = 1.0, normalize: bool = False
+  *, weights: Any = 1.0, normalize: bool = False
 ) -> transform.Transform:
   """Returns the step `sum_i w_i d_i`.
 
@@ -176,7 +172,7 @@ def _sum(leaf, deltas, base, state, shared, *, normalize):
 
 
 _SUM = transform.register_step(
-    transform.Step(name="weighted_sum", update=_sum, reducing=True)
+  transform.Step(name="weighted_sum", update=_sum, reducing=True)
 )
 
 
@@ -192,7 +188,7 @@ def _mean(leaf, deltas, base, state, shared):
 
 
 _MEAN = transform.register_step(
-    transform.Step(name="mean", update=_mean, reducing=True)
+  transform.Step(name="mean", update=_mean, reducing=True)
 )
 
 

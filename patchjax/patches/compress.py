@@ -18,11 +18,11 @@ Choice = Literal["auto", "dense", "sparse"]
 
 
 def compress(
-    patch: Patch,
-    transform: Transform | None = None,
-    *,
-    code: Choice = "auto",
-    state: Any = None,
+  patch: Patch,
+  transform: Transform | None = None,
+  *,
+  code: Choice = "auto",
+  state: Any = None,
 ) -> Patch:
   """Returns a patch in fewer bytes.
 
@@ -64,8 +64,8 @@ def compress(
   if transform is not None:
     if transform.reducing:
       raise ValueError(
-          f"{transform} merges contributors into one; to compress a patch use "
-          "steps that keep it one, such as trim or quantize"
+        f"{transform} merges contributors into one; to compress a patch use "
+        "steps that keep it one, such as trim or quantize"
       )
     deltas |= _transformed(patch, transform, state)
   chosen = {}
@@ -78,12 +78,12 @@ def compress(
 
 
 def _transformed(
-    patch: Patch, transform: Transform, state: Any
+  patch: Patch, transform: Transform, state: Any
 ) -> dict[str, Delta]:
   sums = {
-      name: delta
-      for name, delta in patch.deltas.items()
-      if isinstance(delta, Delta) and delta.law == "add"
+    name: delta
+    for name, delta in patch.deltas.items()
+    if isinstance(delta, Delta) and delta.law == "add"
   }
   leaves, shapes = {}, {}
   for name, delta in sums.items():
@@ -91,11 +91,9 @@ def _transformed(
     leaves[name] = lambda work=work: work
     shapes[name] = work.shape
   results = engine.run(
-      transform, state, leaves, shapes, contributors=1, as_params=False
+    transform, state, leaves, shapes, contributors=1, as_params=False
   )
-  return {
-      name: Delta(_as_code(out[0]), "add") for name, out in results
-  }
+  return {name: Delta(_as_code(out[0]), "add") for name, out in results}
 
 
 def _as_code(out: Any) -> Code:
@@ -113,11 +111,15 @@ def _recoded(delta: Delta, choice: Choice) -> Delta | None:
   if isinstance(code, Quantized):
     if choice != "auto":
       return delta
-    return Delta(encode.smallest_quantized(code), law) if _any(code.words, code.scales) else None
+    return (
+      Delta(encode.smallest_quantized(code), law)
+      if _any(code.words, code.scales)
+      else None
+    )
   if isinstance(code, Sparse) and np.shape(code.indices)[:1] == (0,):
     return None if choice == "auto" else delta
   if isinstance(code, Sparse) and (
-      law == "bits" or isinstance(code.values, Quantized)
+    law == "bits" or isinstance(code.values, Quantized)
   ):
     return delta
   if choice == "dense":
@@ -125,7 +127,7 @@ def _recoded(delta: Delta, choice: Choice) -> Delta | None:
       return delta
     return Delta(Dense(code.dense(fill=fill)), law)
   values = np.asarray(
-      code.dense(fill=fill) if isinstance(code, Sparse) else code.values
+    code.dense(fill=fill) if isinstance(code, Sparse) else code.values
   )
   if choice == "sparse":
     return Delta(encode.sparse(values, fill), law)
@@ -133,9 +135,11 @@ def _recoded(delta: Delta, choice: Choice) -> Delta | None:
     return None
   best = encode.smallest(values, fill)
   # What is on the device stays there, if it stays as it is.
-  return delta if type(best) is type(code) and not isinstance(
-      best, Sparse
-  ) else Delta(best, law)
+  return (
+    delta
+    if type(best) is type(code) and not isinstance(best, Sparse)
+    else Delta(best, law)
+  )
 
 
 def _any(*arrays: Any) -> bool:
@@ -144,6 +148,6 @@ def _any(*arrays: Any) -> bool:
 
 def _on_host(code: Code) -> bool:
   return all(
-      not isinstance(x, jax.Array) or x.is_fully_addressable
-      for x in jax.tree.leaves(code)
+    not isinstance(x, jax.Array) or x.is_fully_addressable
+    for x in jax.tree.leaves(code)
   )

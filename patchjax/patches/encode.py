@@ -7,7 +7,6 @@ the fewest bytes in a patch file and gives the array back bit for bit.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -63,9 +62,7 @@ def ternary(code: Sparse) -> Sparse | None:
   words = np.where(values > 0, 1, -1).astype(np.int8)
   scales = np.abs(values[:1])
   block = (values.size,)
-  return Sparse(
-      Quantized(words, scales, 1, block), code.indices, code.shape
-  )
+  return Sparse(Quantized(words, scales, 1, block), code.indices, code.shape)
 
 
 def smallest(values: np.ndarray, fill: float = 0) -> Code:

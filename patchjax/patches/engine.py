@@ -13,16 +13,15 @@ one expression `f32(x) - f32(base)` in every pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
-
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from patchjax.patches import laws, pinned, placement, selection, transform
 from patchjax.patches.codes import Dense, Sparse
@@ -65,7 +64,16 @@ Leaves = Mapping[str, Callable[[], Work]]
 # Leaf functions: traceable.
 
 
-def _deltas(base: Any, sources: tuple[Any, ...], shape: Any) -> tuple[Any, ...]:
+def task_vectors(
+  base: Any, sources: tuple[Any, ...], shape: tuple[int, ...]
+) -> tuple[Array, ...]:
+  """Returns the contributors' task vectors on one leaf; traceable.
+
+  Args:
+    base: the base's leaf; None where all sources are sums.
+    sources: as in `Work`.
+    shape: of the leaf.
+  """
   return tuple(_delta(base, source, shape) for source in sources)
 
 
@@ -79,12 +87,14 @@ def _delta(base: Any, source: Any, shape: tuple[int, ...]) -> Array:
     if explicit_sharding(base) == explicit_sharding(source):
       return task_vector(source, base)
     return on_leaf_mesh(task_vector, base, source, base)
-  if source.law == "add":
-    wide = jnp.float32 if base is None else laws.compute_dtype(base)
-    whole = lambda delta: jnp.broadcast_to(delta.code.dense(wide), shape)
-  else:
-    whole = lambda delta: task_vector(laws.act(base, delta), base)
-  return on_leaf_mesh(whole, base, source)
+  wide = jnp.float32 if base is None else laws.compute_dtype(base)
+
+  def whole(base, delta):
+    if delta.law == "add":
+      return jnp.broadcast_to(delta.code.dense(wide), shape)
+    return task_vector(laws.act(base, delta), base)
+
+  return on_leaf_mesh(whole, base, base, source)
 
 
 def _wide(base: Any) -> Any:
@@ -94,32 +104,30 @@ def _wide(base: Any) -> Any:
 
 
 def _count(
-    stages: Stages, index: int, leaf, base, sources, state, shared
+  stages: Stages, index: int, leaf, base, sources, state, shared
 ) -> Any:
   """Returns stage `index`'s count over one leaf, summed over its shards."""
   step, options = stages[index]
   base, sources = lax.stop_gradient((base, sources))
-  deltas = _deltas(base, sources, leaf.shape)
+  deltas = task_vectors(base, sources, leaf.shape)
   method = transform.Transform(({},) * len(stages), stages)
   deltas = transform.run_prefix(
-      method, index, leaf, deltas, _wide(base), state, shared
+    method, index, leaf, deltas, _wide(base), state, shared
   )
 
   def reduce(deltas, leaf, state, carry):
     return step.reduce(leaf, deltas, state, carry, **dict(options))
 
   return placement.sum_over_shards(
-      reduce, deltas, leaf, state[index], shared[index]
+    reduce, deltas, leaf, state[index], shared[index]
   )
 
 
 def _count_whole(
-    stages: Stages, index: int, leaf, base, sources, state, shared
+  stages: Stages, index: int, leaf, base, sources, state, shared
 ) -> Any:
   """Returns `_count` where earlier stages first count over the leaf alone."""
-  shared = _leaf_passes(
-      stages, index, leaf, base, sources, state, shared
-  )
+  shared = _leaf_passes(stages, index, leaf, base, sources, state, shared)
   return _count(stages, index, leaf, base, sources, state, shared)
 
 
@@ -129,7 +137,7 @@ def _finish(stages: Stages, index: int, total, carry) -> Any:
 
 
 def _leaf_passes(
-    stages: Stages, count: int, leaf, base, sources, state, shared
+  stages: Stages, count: int, leaf, base, sources, state, shared
 ) -> Any:
   """Runs the passes of those of the first stages that count in a leaf."""
   base, sources, state = lax.stop_gradient((base, sources, state))
@@ -148,30 +156,28 @@ def _leaf_passes(
       return _finish(stages, index, total, carry[0])
 
     shared[index], _ = lax.while_loop(
-        lambda carry: ~carry[1], body, (shared[index], jnp.asarray(False))
+      lambda carry: ~carry[1], body, (shared[index], jnp.asarray(False))
     )
   return tuple(shared)
 
 
 def _update(
-    stages: Stages,
-    as_params: bool,
-    checked: bool,
-    leaf,
-    base,
-    sources,
-    state,
-    shared,
+  stages: Stages,
+  as_params: bool,
+  checked: bool,
+  leaf,
+  base,
+  sources,
+  state,
+  shared,
 ) -> Any:
   """Returns one leaf's result, and how many of its numbers are not finite."""
-  shared = _leaf_passes(
-      stages, len(stages), leaf, base, sources, state, shared
-  )
+  shared = _leaf_passes(stages, len(stages), leaf, base, sources, state, shared)
   wide = _wide(base)
-  deltas = _deltas(base, sources, leaf.shape)
+  deltas = task_vectors(base, sources, leaf.shape)
   method = transform.Transform(({},) * len(stages), stages)
   out = transform.run_prefix(
-      method, len(stages), leaf, deltas, wide, state, shared
+    method, len(stages), leaf, deltas, wide, state, shared
   )
   if as_params:
     (total,) = out
@@ -179,9 +185,7 @@ def _update(
     out = (wide + total.astype(wide.dtype)).astype(base.dtype)
   bad = jnp.zeros((2, 2), jnp.int32)
   if checked:
-    given = functools.reduce(
-        jnp.logical_or, (~jnp.isfinite(d) for d in deltas)
-    )
+    given = functools.reduce(jnp.logical_or, (~jnp.isfinite(d) for d in deltas))
     made = ~jnp.isfinite(out) if as_params else given
     bad = placement.sum_over_shards(_count_bad, (given, made), leaf)
   return out, bad
@@ -197,21 +201,20 @@ def _count_bad(masks, leaf):
 
 def is_traced(*trees: Any) -> bool:
   """Returns whether any leaf is a tracer: jit, grad or vmap is running."""
-  return any(
-      isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees)
-  )
+  return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
 
 
 def run(
-    method: transform.Transform,
-    state: Any,
-    leaves: Leaves,
-    shapes: Mapping[str, tuple[int, ...]],
-    *,
-    contributors: int,
-    as_params: bool,
-    donate: bool = False,
-    traced: bool = False,
+  method: transform.Transform,
+  state: Any,
+  leaves: Leaves,
+  shapes: Mapping[str, tuple[int, ...]],
+  *,
+  contributors: int,
+  as_params: bool,
+  donate: bool = False,
+  traced: bool = False,
+  streamed: bool = False,
 ) -> Iterator[tuple[str, Any]]:
   """Yields `(name, result)` for each leaf, in the order of `leaves`.
 
@@ -226,6 +229,8 @@ def run(
       or the tuple of deltas or codes after the last stage.
     donate: whether the base's leaves may be overwritten; eagerly only.
     traced: whether to run inline, for a jit around this call.
+    streamed: whether to wait for each leaf before the next is fetched, so
+      that only a few are in memory.
 
   Raises:
     NonFiniteError: eagerly, after the last leaf, if one holds NaN or Inf.
@@ -238,8 +243,8 @@ def run(
     state = transform.initial_state(method, sizes)
   if len(state) != len(method.stages):
     raise SelectionError(
-        f"the method has {len(method.stages)} steps and the state "
-        f"{len(state)} parts; make it with method.init(params)"
+      f"the method has {len(method.stages)} steps and the state "
+      f"{len(state)} parts; make it with method.init(params)"
     )
 
   def leaf_of(name: str, work: Work) -> placement.Leaf:
@@ -250,18 +255,18 @@ def run(
     if not hasattr(like, "ndim") or tuple(like.shape) != work.shape:
       like = jax.ShapeDtypeStruct(work.shape, jnp.float32)
     return placement.leaf_of(
-        like, order[name], len(order), placement.identity_of(name)
+      like, order[name], len(order), placement.identity_of(name)
     )
 
-  runner = _Inline() if traced else _Eager(donate)
+  runner = _Inline() if traced else _Eager(donate, streamed)
   shared: list[Any] = [None] * len(method.stages)
 
   def carries(work: Work) -> tuple[Any, ...]:
     return tuple(
-        step.start(state[i], [work.shape], contributors, **dict(options))
-        if transform.scope_of(step, options) == "leaf"
-        else shared[i]
-        for i, (step, options) in enumerate(method.stages)
+      step.start(state[i], [work.shape], contributors, **dict(options))
+      if transform.scope_of(step, options) == "leaf"
+      else shared[i]
+      for i, (step, options) in enumerate(method.stages)
     )
 
   def works() -> Iterator[tuple[placement.Leaf, Work, tuple[Any, ...]]]:
@@ -271,17 +276,16 @@ def run(
 
   for index, (step, options) in enumerate(method.stages):
     if leaves and transform.scope_of(step, options) == "tree":
-      start = step.start(
-          state[index], ordered, contributors, **dict(options)
-      )
-      shared[index] = runner.passes(
-          method.stages, index, works, state, start
-      )
+      start = step.start(state[index], ordered, contributors, **dict(options))
+      shared[index] = runner.passes(method.stages, index, works, state, start)
   for name, fetch in leaves.items():
     work = fetch()
     leaf = leaf_of(name, work)
-    yield name, runner.update(
+    yield (
+      name,
+      runner.update(
         method.stages, as_params, name, leaf, work, state, carries(work)
+      ),
     )
   runner.check()
 
@@ -303,14 +307,14 @@ class _Inline:
       return _finish(stages, index, total, carry[0])
 
     carry, _ = lax.while_loop(
-        lambda carry: ~carry[1], body, (start, jnp.asarray(False))
+      lambda carry: ~carry[1], body, (start, jnp.asarray(False))
     )
     return carry
 
   def update(self, stages, as_params, name, leaf, work, state, shared):
     del name
     out, _ = _update(
-        stages, as_params, False, leaf, work.base, work.sources, state, shared
+      stages, as_params, False, leaf, work.base, work.sources, state, shared
     )
     return out
 
@@ -321,8 +325,9 @@ class _Inline:
 class _Eager:
   """Leaf by leaf, without waiting for any; finiteness is checked at the end."""
 
-  def __init__(self, donate: bool):
+  def __init__(self, donate: bool, streamed: bool):
     self._donate = donate
+    self._streamed = streamed
     self._bad = {}
 
   def passes(self, stages, index, works, state, start):
@@ -335,8 +340,10 @@ class _Eager:
         now = (*now[:index], carry, *now[index + 1 :])
         where = _devices(work.base)
         totals[where] = count(
-            leaf, work.base, work.sources, state, now, totals.get(where)
+          leaf, work.base, work.sources, state, now, totals.get(where)
         )
+        if self._streamed:
+          jax.block_until_ready(totals[where])
       parts = jax.device_get(list(totals.values()))
       total = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
       carry, done = jax.device_get(finish(total, carry))
@@ -349,7 +356,7 @@ class _Eager:
       sharding = work.base.sharding
     function = _update_jit(stages, as_params, donate, sharding)
     out, self._bad[name] = function(
-        work.base, leaf, work.sources, state, shared
+      work.base, leaf, work.sources, state, shared
     )
     return out
 
@@ -360,15 +367,16 @@ class _Eager:
       given, made = (int(c[0]) << 12 | int(c[1]) for c in counts.T)
       if given or made:
         what = (
-            f"{given} entries of the contributors' changes" if given
-            else f"{made} entries of the result (overflow, or the base's own)"
+          f"{given} entries of the contributors' changes"
+          if given
+          else f"{made} entries of the result (overflow, or the base's own)"
         )
         lines.append(f"  {name}: {what}")
     if lines:
       raise NonFiniteError(
-          "NaN or Inf in\n" + "\n".join(lines) + "\nmend or leave out these "
-          "leaves (only=...); a result that overflows needs a smaller scale "
-          "or a wider dtype"
+        "NaN or Inf in\n" + "\n".join(lines) + "\nmend or leave out these "
+        "leaves (only=...); a result that overflows needs a smaller scale "
+        "or a wider dtype"
       )
 
 
@@ -395,12 +403,10 @@ def _finish_jit(stages: Stages, index: int) -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _update_jit(
-    stages: Stages, as_params: bool, donate: bool, sharding: Any
+  stages: Stages, as_params: bool, donate: bool, sharding: Any
 ) -> Callable[..., Any]:
   def update(base, leaf, sources, state, shared):
-    return _update(
-        stages, as_params, True, leaf, base, sources, state, shared
-    )
+    return _update(stages, as_params, True, leaf, base, sources, state, shared)
 
   options = {"donate_argnums": (0,)} if donate else {}
   if sharding is not None:

@@ -9,16 +9,16 @@ all-reduce.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from patchjax.trees.errors import SelectionError
 
@@ -98,8 +98,8 @@ def extents(shape: tuple[int, ...]) -> tuple[int, int]:
   rows, columns = (1, size) if size < 1 << 31 else (shape[0], size // shape[0])
   if columns > 1 << 31:
     raise SelectionError(
-        f"cannot number the entries of a leaf of shape {shape}: give it a "
-        "first axis that leaves rows of at most 2**31 entries"
+      f"cannot number the entries of a leaf of shape {shape}: give it a "
+      "first axis that leaves rows of at most 2**31 entries"
     )
   return max(rows, 1), max(columns, 1)
 
@@ -115,12 +115,12 @@ def leaf_of(x: Array, order: int = 0, count: int = 1, identity=None) -> Leaf:
   """
   mesh, axes = mesh_axes(x)
   return Leaf(
-      identity=np.zeros(2, np.uint32) if identity is None else identity,
-      after=np.uint32(count - 1 - order),
-      shape=tuple(x.shape),
-      mesh=mesh,
-      axes=axes,
-      single=on_one_device(x),
+    identity=np.zeros(2, np.uint32) if identity is None else identity,
+    after=np.uint32(count - 1 - order),
+    shape=tuple(x.shape),
+    mesh=mesh,
+    axes=axes,
+    single=on_one_device(x),
   )
 
 
@@ -144,7 +144,7 @@ def mesh_axes(x: Array) -> tuple[Any, Axes]:
   if isinstance(x, jax.core.Tracer):
     sharding = jax.typeof(x).sharding
     kinds = dict(
-        zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+      zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
     )
     explicit = jax.sharding.AxisType.Explicit
     if explicit not in kinds.values():
@@ -161,8 +161,8 @@ def mesh_axes(x: Array) -> tuple[Any, Axes]:
 def _axes(spec: Any, ndim: int) -> Axes:
   entries = tuple(spec) + (None,) * (ndim - len(spec))
   return tuple(
-      () if e is None else (e,) if isinstance(e, str) else tuple(e)
-      for e in entries
+    () if e is None else (e,) if isinstance(e, str) else tuple(e)
+    for e in entries
   )
 
 
@@ -175,12 +175,12 @@ def _shard_map(f: Callable, leaf: Leaf, in_specs: Any, out_specs: Any):
   # values are equal on all devices would ask users' counting functions for
   # annotations.
   return jax.shard_map(
-      f,
-      mesh=leaf.mesh,
-      in_specs=in_specs,
-      out_specs=out_specs,
-      axis_names=frozenset(leaf.mesh.axis_names),
-      check_vma=False,
+    f,
+    mesh=leaf.mesh,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    axis_names=frozenset(leaf.mesh.axis_names),
+    check_vma=False,
   )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -57,7 +57,9 @@ def quantized(x: Array, *, bits: int, per: Blocks = "channel") -> Quantized:
     return Quantized(words, scales, bits, block)
   top = (1 << (bits - 1)) - 1
   scales = _per_block(magnitudes, block, jnp.max) / jnp.asarray(top, x.dtype)
-  safe = jnp.where(scales > jnp.zeros_like(scales), scales, jnp.ones_like(scales))
+  safe = jnp.where(
+    scales > jnp.zeros_like(scales), scales, jnp.ones_like(scales)
+  )
   words = jnp.round(x / jnp.broadcast_to(spread(safe, block, x.shape), x.shape))
   words = jnp.clip(words, -top, top).astype(jnp.int8)
   return Quantized(words, scales, bits, block)
@@ -84,15 +86,15 @@ def block_of(per: Blocks, shape: Sequence[int]) -> tuple[int, ...]:
   if isinstance(per, tuple) and len(per) == len(shape) and min(per) >= 1:
     return tuple(min(b, n) for b, n in zip(per, shape, strict=True))
   raise ValueError(
-      "per must be 'channel', 'tensor', a size, or a size for each of "
-      f"{len(shape)} axes, got {per!r}"
+    "per must be 'channel', 'tensor', a size, or a size for each of "
+    f"{len(shape)} axes, got {per!r}"
   )
 
 
 def _per_block(x: Array, block: tuple[int, ...], reduce: Any) -> Array:
   """Reduces each block to one number; the last may be incomplete."""
   whole = tuple(
-      d for d, (b, n) in enumerate(zip(block, x.shape, strict=True)) if b == n
+    d for d, (b, n) in enumerate(zip(block, x.shape, strict=True)) if b == n
   )
   if x.size and whole:
     x = reduce(x, axis=whole, keepdims=True)
@@ -114,13 +116,11 @@ def gathered(x: Array) -> Array:
     return x
   whole = jax.sharding.PartitionSpec()
   return jax.sharding.reshard(
-      x, jax.sharding.NamedSharding(sharding.mesh, whole)
+    x, jax.sharding.NamedSharding(sharding.mesh, whole)
   )
 
 
-def quantize(
-    *, bits: int, per: Blocks = "channel"
-) -> transform.Transform:
+def quantize(*, bits: int, per: Blocks = "channel") -> transform.Transform:
   """Returns the transform that rounds deltas to a few bits; see `quantized`.
 
   Args:
@@ -147,12 +147,12 @@ def _quantize(leaf, deltas, base, state, shared, *, bits, per):
 
 
 _QUANTIZE = transform.register_step(
-    transform.Step(name="quantize", update=_quantize)
+  transform.Step(name="quantize", update=_quantize)
 )
 
 
 def ternarize(
-    *, alpha: Any = 1.0, scope: Literal["leaf", "tree"] = "leaf"
+  *, alpha: Any = 1.0, scope: Literal["leaf", "tree"] = "leaf"
 ) -> transform.Transform:
   """Returns the transform that keeps of each entry its sign, or zero.
 
@@ -201,18 +201,19 @@ def _ternarize(leaf, deltas, base, state, shared, *, scope):
   del leaf, base, scope
   alphas = transform.per_contributor(state["alpha"], len(deltas))
   return tuple(
-      jnp.sign(d) * (jnp.asarray(alpha).astype(d.dtype) * shared[i].astype(d.dtype))
-      for i, (d, alpha) in enumerate(zip(deltas, alphas, strict=True))
+    jnp.sign(d)
+    * (jnp.asarray(alpha).astype(d.dtype) * shared[i].astype(d.dtype))
+    for i, (d, alpha) in enumerate(zip(deltas, alphas, strict=True))
   )
 
 
 _TERNARIZE = transform.register_step(
-    transform.Step(
-        name="ternarize",
-        update=_ternarize,
-        start=_ternarize_start,
-        reduce=_ternarize_reduce,
-        finish=_ternarize_finish,
-        scope=lambda *, scope: scope,
-    )
+  transform.Step(
+    name="ternarize",
+    update=_ternarize,
+    start=_ternarize_start,
+    reduce=_ternarize_reduce,
+    finish=_ternarize_finish,
+    scope=lambda *, scope: scope,
+  )
 )

@@ -25,9 +25,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from patchjax.patches import placement
 from patchjax.trees.errors import DtypeError, SelectionError
@@ -60,8 +60,8 @@ def magnitude_bits(x: Array) -> Array:
   dtype = np.dtype(x.dtype)
   if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize not in _WORDS:
     raise DtypeError(
-        f"magnitudes are selected in float32, bfloat16 or float16, got "
-        f"{dtype}; cast first, e.g. x.astype('float32')"
+      f"magnitudes are selected in float32, bfloat16 or float16, got "
+      f"{dtype}; cast first, e.g. x.astype('float32')"
     )
   word, bits = _WORDS[dtype.itemsize]
   pattern = lax.bitcast_convert_type(x, jnp.dtype(word))
@@ -113,8 +113,8 @@ def check_density(density: Any) -> None:
   value = np.asarray(density, np.float64)
   if not ((value > 0) & (value <= 1)).all():
     raise SelectionError(
-        f"density must be in (0, 1], got {density}: it is the share of "
-        "entries that is kept"
+      f"density must be in (0, 1], got {density}: it is the share of "
+      "entries that is kept"
     )
 
 
@@ -124,22 +124,20 @@ def _entries(size: int, density: Array) -> Array:
   decimal = jnp.round(scaled)
   is_decimal = jnp.abs(scaled - decimal) <= scaled * jnp.float32(2.0**-23)
   binary = (density * jnp.float32(2.0**30)).astype(jnp.uint32)
-  binary = jnp.minimum(
-      binary + (binary >> jnp.uint32(24)), jnp.uint32(1 << 30)
-  )
+  binary = jnp.minimum(binary + (binary >> jnp.uint32(24)), jnp.uint32(1 << 30))
   return jnp.where(
-      is_decimal,
-      _scaled_floor(decimal.astype(jnp.uint32), size, 10**6),
-      _scaled_floor(binary, size, 1 << 30),
+    is_decimal,
+    _scaled_floor(decimal.astype(jnp.uint32), size, 10**6),
+    _scaled_floor(binary, size, 1 << 30),
   )
 
 
 def _entries_jvp(size, primals, tangents):
   if not isinstance(tangents[0], jax.custom_derivatives.SymbolicZero):
     raise SelectionError(
-        "a density has no derivative: it selects entries by rank. "
-        "Differentiate the smooth numbers (weights, scale, t) and hold the "
-        "density fixed (close over it), or vmap over a grid of densities"
+      "a density has no derivative: it selects entries by rank. "
+      "Differentiate the smooth numbers (weights, scale, t) and hold the "
+      "density fixed (close over it), or vmap over a grid of densities"
     )
   out = _entries(size, *primals)
   return out, np.zeros(out.shape, jax.dtypes.float0)
@@ -180,10 +178,12 @@ def _scaled_floor(numerator: Array, size: int, denominator: int) -> Array:
 def carried(count: Array) -> Array:
   """Returns limbs `int32[2, ...]` with the low one brought under `2**12`."""
   high, low = count[0], count[1]
-  return jnp.stack([
+  return jnp.stack(
+    [
       high + (low >> jnp.int32(_LIMB)),
       low & jnp.int32((1 << _LIMB) - 1),
-  ])
+    ]
+  )
 
 
 def at_least(count: Array, k: Array) -> Array:
@@ -227,19 +227,21 @@ def count_true(masks: tuple[Array, ...], *, local: bool) -> Array:
   # One operand alone is the slow case again: its twin costs nothing.
   operands = ones if len(ones) > 1 else ones * 2
   partial = lax.reduce(
-      operands,
-      (jnp.int32(0),) * len(operands),
-      lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)),
-      (operands[0].ndim - 1,),
+    operands,
+    (jnp.int32(0),) * len(operands),
+    lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)),
+    (operands[0].ndim - 1,),
   )[: len(ones)]
   # Fused with the next sum, the reduction would run on one core.
   partial = lax.optimization_barrier(partial)
   if math.prod(shape) < 1 << 31:
     total = jnp.stack([jnp.sum(p, dtype=jnp.int32) for p in partial])
-    return jnp.stack([
+    return jnp.stack(
+      [
         total >> jnp.int32(_LIMB),
         total & jnp.int32((1 << _LIMB) - 1),
-    ])
+      ]
+    )
   return jnp.stack([_limb_sum(p) for p in partial], axis=1)
 
 
@@ -290,7 +292,7 @@ class Search:
 
 
 def search(
-    k: Array, widths: tuple[int, ...] = (31,), *, early: bool = True
+  k: Array, widths: tuple[int, ...] = (31,), *, early: bool = True
 ) -> Search:
   """Returns a search for rank `k` (limbs) at its beginning.
 
@@ -302,18 +304,18 @@ def search(
       is wanted.
   """
   return Search(
-      # On the host where k is: nothing small to compile outside jit.
-      k=k,
-      found=np.zeros(4, np.uint32),
-      phase=np.int32(0),
-      step=np.uint32(1 << widths[0]),
-      widths=widths,
-      early=early,
+    # On the host where k is: nothing small to compile outside jit.
+    k=k,
+    found=np.zeros(4, np.uint32),
+    phase=np.int32(0),
+    step=np.uint32(1 << widths[0]),
+    widths=widths,
+    early=early,
   )
 
 
 def key_widths(
-    shapes: list[tuple[int, ...]], bits: int = 31
+  shapes: list[tuple[int, ...]], bits: int = 31
 ) -> tuple[int, ...]:
   """Returns the widths of the words that tell any two entries apart.
 
@@ -356,14 +358,14 @@ def count_keys(x: Array, leaf: placement.Leaf, state: Search) -> Array:
     here = jnp.arange(4) == state.phase
     index = leaf.index()
     masks = [
-        _not_below(bits, leaf, index, jnp.where(here, word, state.found))
-        for word in words
+      _not_below(bits, leaf, index, jnp.where(here, word, state.found))
+      for word in words
     ]
   return count_true(tuple(masks), local=leaf.local)
 
 
 def _not_below(
-    bits: Array, leaf: placement.Leaf, index: tuple[Array, Array], cut: Array
+  bits: Array, leaf: placement.Leaf, index: tuple[Array, Array], cut: Array
 ) -> Array:
   """Returns whether keys are at or above a cut, word by word.
 
@@ -412,7 +414,7 @@ def narrow(counts: Array, state: Search) -> Search:
     hit = (moved > jnp.int32(0)) & (counts[:, at] == state.k).all()
     phase = jnp.where(hit, jnp.int32(last + 1), phase)
   new = dataclasses.replace(
-      state, found=found, phase=phase, step=jnp.where(settled, width, step)
+    state, found=found, phase=phase, step=jnp.where(settled, width, step)
   )
   return jax.tree.map(lambda a, b: jnp.where(state.done, a, b), state, new)
 
@@ -521,8 +523,8 @@ def top_k_masks(leaves: Mapping[str, Array], k: int) -> dict[str, Array]:
   order = sorted(leaves)
   widths = key_widths([leaves[name].shape for name in order])
   places = {
-      name: placement.leaf_of(leaves[name], i, len(order))
-      for i, name in enumerate(order)
+    name: placement.leaf_of(leaves[name], i, len(order))
+    for i, name in enumerate(order)
   }
   state = search(limbs(k), widths)
   while not bool(state.done):

@@ -13,7 +13,32 @@ from typing import IO, Any
 import numpy as np
 import safetensors
 
+from patchjax.trees.dtypes import KINDS
 from patchjax.trees.errors import FormatError
+
+# safetensors' codes; the format has none for other fp8 variants and 4-bit
+# integers.
+CODES: dict[str, str] = {
+  "BOOL": "bool",
+  "U8": "uint8",
+  "I8": "int8",
+  "U16": "uint16",
+  "I16": "int16",
+  "U32": "uint32",
+  "I32": "int32",
+  "U64": "uint64",
+  "I64": "int64",
+  "F16": "float16",
+  "BF16": "bfloat16",
+  "F32": "float32",
+  "F64": "float64",
+  "C64": "complex64",
+  "F8_E4M3": "float8_e4m3fn",
+  "F8_E5M2": "float8_e5m2",
+  "F8_E8M0": "float8_e8m0fnu",
+  "F8_E4M3FNUZ": "float8_e4m3fnuz",
+  "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
 
 
 @contextlib.contextmanager
@@ -73,3 +98,27 @@ def open_safetensors(
   whole = np.memmap(path, np.uint8, mode="r")
   size = int.from_bytes(whole[:8].tobytes(), "little")
   return json.loads(whole[8 : 8 + size].tobytes()), whole[8 + size :]
+
+
+def view(
+  path: str | os.PathLike[str], key: str, tensor: dict[str, Any], data: Any
+) -> np.ndarray:
+  """Returns one array of a safetensors file, as a view of the mapped bytes.
+
+  Args:
+    path: the file, for messages.
+    key: the array's key.
+    tensor: its entry in the header.
+    data: the bytes after the header.
+
+  Raises:
+    FormatError: if it is of a dtype that JAX does not have.
+  """
+  if tensor["dtype"] not in CODES:
+    raise FormatError(
+      f"{path}: {key!r} is of dtype {tensor['dtype']}, which JAX does not "
+      f"have; known are {', '.join(CODES)}"
+    )
+  dtype = KINDS[CODES[tensor["dtype"]]].dtype
+  begin, end = tensor["data_offsets"]
+  return np.asarray(data[begin:end]).view(dtype).reshape(tensor["shape"])

@@ -17,8 +17,8 @@ shards, `finish` turns the total into what the next pass or `update` needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
 import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,7 +71,7 @@ class Step:
     together = (self.start, self.reduce, self.finish)
     if len({f is None for f in together}) > 1:
       raise ValueError(
-          f"step {self.name!r}: start, reduce and finish go together"
+        f"step {self.name!r}: start, reduce and finish go together"
       )
 
 
@@ -94,8 +94,8 @@ def register_step(step: Step) -> Step:
   before = _STEPS.get(step.name)
   if before and before.update.__module__ != step.update.__module__:
     raise ValueError(
-        f"a step named {step.name!r} is already registered by "
-        f"{before.update.__module__}; choose another name"
+      f"a step named {step.name!r} is already registered by "
+      f"{before.update.__module__}; choose another name"
     )
   _STEPS[step.name] = step
   return step
@@ -113,12 +113,12 @@ class Transform:
 
   numbers: tuple[dict[str, Any], ...]
   stages: tuple[tuple[Step, Options], ...] = dataclasses.field(
-      metadata={"static": True}
+    metadata={"static": True}
   )
 
   @classmethod
   def of(
-      cls, step: Step, numbers: Mapping[str, Any], **options: Hashable
+    cls, step: Step, numbers: Mapping[str, Any], **options: Hashable
   ) -> Transform:
     """Returns the transform of one step.
 
@@ -168,17 +168,15 @@ class Transform:
     from patchjax.trees import names
 
     shapes = {
-        name: jax.eval_shape(jnp.asarray, leaf)
-        for name, leaf in names.named_leaves(params).items()
+      name: jax.eval_shape(jnp.asarray, leaf)
+      for name, leaf in names.named_leaves(params).items()
     }
     state = initial_state(self, shapes)
     return jax.tree.map(_as_array, state)
 
   def __repr__(self) -> str:
     parts = []
-    for (step, options), numbers in zip(
-        self.stages, self.numbers, strict=True
-    ):
+    for (step, options), numbers in zip(self.stages, self.numbers, strict=True):
       args = [f"{k}={v}" for k, v in numbers.items()]
       args += [f"{k}={v!r}" for k, v in options]
       parts.append(f"{step.name}({', '.join(args)})")
@@ -211,8 +209,8 @@ def chain(*transforms: Transform) -> Transform:
   reducing = [step.name for step, _ in stages if step.reducing]
   if len(reducing) > 1:
     raise ValueError(
-        "chain: at most one reducing step is allowed, got "
-        f"{len(reducing)}: {', '.join(reducing)}"
+      "chain: at most one reducing step is allowed, got "
+      f"{len(reducing)}: {', '.join(reducing)}"
     )
   numbers = tuple(numbers for t in transforms for numbers in t.numbers)
   return Transform(numbers, stages)
@@ -240,21 +238,23 @@ def from_spec(spec: Sequence[Any], numbers: Any) -> Transform:
     numbers = (numbers,)
   if len(specs) != len(numbers):
     raise FormatError(
-        f"a spec of {len(specs)} steps needs as many dicts of numbers, got "
-        f"{len(numbers)}"
+      f"a spec of {len(specs)} steps needs as many dicts of numbers, got "
+      f"{len(numbers)}"
     )
   stages = []
   for name, options in specs:
     if name not in _STEPS:
       raise FormatError(
-          f"unknown step {name!r}; known are {', '.join(sorted(_STEPS))}. "
-          "Import the module that defines it (register_step) first"
+        f"unknown step {name!r}; known are {', '.join(sorted(_STEPS))}. "
+        "Import the module that defines it (register_step) first"
       )
     stages.append((_STEPS[name], tuple((k, _frozen(v)) for k, v in options)))
-  return chain(*(
+  return chain(
+    *(
       Transform((dict(n),), (stage,))
       for n, stage in zip(numbers, stages, strict=True)
-  ))
+    )
+  )
 
 
 def _frozen(value: Any) -> Hashable:
@@ -269,10 +269,10 @@ def initial_state(method: Transform, shapes: Mapping[str, Any]) -> tuple:
     shapes: `{name: ShapeDtypeStruct}` of the leaves.
   """
   return tuple(
-      step.init(numbers, shapes, **dict(options)) if step.init else numbers
-      for (step, options), numbers in zip(
-          method.stages, method.numbers, strict=True
-      )
+    step.init(numbers, shapes, **dict(options)) if step.init else numbers
+    for (step, options), numbers in zip(
+      method.stages, method.numbers, strict=True
+    )
   )
 
 
@@ -298,7 +298,7 @@ def per_contributor(value: Any, k: int) -> tuple[Array, ...]:
     return (value,) * k
   if shape != (k,):
     raise SelectionError(
-        f"expected one number or {k} (one a contributor), got shape {shape}"
+      f"expected one number or {k} (one a contributor), got shape {shape}"
     )
   return tuple(value[i] for i in range(k))
 
@@ -308,13 +308,13 @@ def per_contributor(value: Any, k: int) -> tuple[Array, ...]:
 
 
 def run_prefix(
-    method: Transform,
-    count: int,
-    leaf: placement.Leaf,
-    deltas: tuple[Array, ...],
-    base: Array,
-    state: Sequence[Any],
-    shared: Sequence[Any],
+  method: Transform,
+  count: int,
+  leaf: placement.Leaf,
+  deltas: tuple[Array, ...],
+  base: Array,
+  state: Sequence[Any],
+  shared: Sequence[Any],
 ) -> Any:
   """Returns a leaf's deltas after the first `count` stages.
 
@@ -331,7 +331,7 @@ def run_prefix(
     a tuple of arrays or codes.
   """
   for (step, options), state_, shared_ in list(
-      zip(method.stages, state, shared, strict=True)
+    zip(method.stages, state, shared, strict=True)
   )[:count]:
     deltas = tuple(d if hasattr(d, "at") else d.dense() for d in deltas)
     out = step.update(leaf, deltas, base, state_, shared_, **dict(options))

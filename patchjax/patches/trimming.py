@@ -5,20 +5,20 @@ Used by encodings (sparse patches) and by merges (TIES).
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import lax
-import math
 
 from patchjax.patches import selection, transform
 
 
 def trim(
-    *,
-    density: Any,
-    scope: Literal["tree", "leaf"] = "tree",
-    exact_k: bool = False,
+  *,
+  density: Any,
+  scope: Literal["tree", "leaf"] = "tree",
+  exact_k: bool = False,
 ) -> transform.Transform:
   """Returns the transform that keeps a share of the entries, by magnitude.
 
@@ -52,7 +52,7 @@ def trim(
   if isinstance(density, int | float):
     selection.check_density(density)
   return transform.Transform.of(
-      TRIM, {"density": density}, scope=scope, exact_k=exact_k
+    TRIM, {"density": density}, scope=scope, exact_k=exact_k
   )
 
 
@@ -62,24 +62,26 @@ def _start(state, shapes, k, *, scope, exact_k):
   widths = selection.key_widths(shapes) if exact_k else (31,)
   densities = transform.per_contributor(state["density"], k)
   return tuple(
-      selection.search(selection.entries_of(density, size), widths)
-      for density in densities
+    selection.search(selection.entries_of(density, size), widths)
+    for density in densities
   )
 
 
 def _reduce(leaf, deltas, state, searches, *, scope, exact_k):
   del state, scope, exact_k
-  return jnp.stack([
+  return jnp.stack(
+    [
       selection.count_keys(_magnitudes(delta), leaf, search)
       for delta, search in zip(deltas, searches, strict=True)
-  ])
+    ]
+  )
 
 
 def _finish(total, searches, *, scope, exact_k):
   del scope, exact_k
   searches = tuple(
-      selection.narrow(count, search)
-      for count, search in zip(total, searches, strict=True)
+    selection.narrow(count, search)
+    for count, search in zip(total, searches, strict=True)
   )
   return searches, jnp.stack([search.done for search in searches]).all()
 
@@ -87,12 +89,12 @@ def _finish(total, searches, *, scope, exact_k):
 def _update(leaf, deltas, base, state, searches, *, scope, exact_k):
   del base, state, scope, exact_k
   return tuple(
-      jnp.where(
-          selection.keep(_magnitudes(delta), leaf, search),
-          delta,
-          jnp.zeros_like(delta),
-      )
-      for delta, search in zip(deltas, searches, strict=True)
+    jnp.where(
+      selection.keep(_magnitudes(delta), leaf, search),
+      delta,
+      jnp.zeros_like(delta),
+    )
+    for delta, search in zip(deltas, searches, strict=True)
   )
 
 
@@ -103,12 +105,12 @@ def _magnitudes(delta):
 
 
 TRIM = transform.register_step(
-    transform.Step(
-        name="trim",
-        update=_update,
-        start=_start,
-        reduce=_reduce,
-        finish=_finish,
-        scope=lambda *, scope, exact_k: scope,
-    )
+  transform.Step(
+    name="trim",
+    update=_update,
+    start=_start,
+    reduce=_reduce,
+    finish=_finish,
+    scope=lambda *, scope, exact_k: scope,
+  )
 )

@@ -20,12 +20,12 @@ _POWER_STEPS = 2
 
 
 def truncate(
-    *,
-    rank: int,
-    in_axes: int = 1,
-    batch_axes: int = 0,
-    method: Literal["randomized", "exact"] = "randomized",
-    seed: int = 0,
+  *,
+  rank: int,
+  in_axes: int = 1,
+  batch_axes: int = 0,
+  method: Literal["randomized", "exact"] = "randomized",
+  seed: int = 0,
 ) -> transform.Transform:
   """Returns the transform that keeps a delta's largest singular directions.
 
@@ -54,23 +54,30 @@ def truncate(
   if rank < 1:
     raise ValueError(f"rank must be at least 1, got {rank}")
   if method not in ("randomized", "exact"):
-    raise ValueError(
-        f"method must be 'randomized' or 'exact', got {method!r}"
-    )
+    raise ValueError(f"method must be 'randomized' or 'exact', got {method!r}")
   return transform.Transform.of(
-      _TRUNCATE,
-      {},
-      rank=rank,
-      in_axes=in_axes,
-      batch_axes=batch_axes,
-      method=method,
-      seed=seed,
+    _TRUNCATE,
+    {},
+    rank=rank,
+    in_axes=in_axes,
+    batch_axes=batch_axes,
+    method=method,
+    seed=seed,
   )
 
 
 def _update(
-    leaf, deltas, base, state, shared,
-    *, rank, in_axes, batch_axes, method, seed,
+  leaf,
+  deltas,
+  base,
+  state,
+  shared,
+  *,
+  rank,
+  in_axes,
+  batch_axes,
+  method,
+  seed,
 ):
   del base, state, shared
   shape = leaf.shape
@@ -91,18 +98,18 @@ def _update(
     else:
       a, b = jax.vmap(lambda x: randomized(x, rank, key))(matrices)
     codes.append(
-        LowRank(
-            a.reshape(*batch, *inputs, rank),
-            b.reshape(*batch, rank, *outputs),
-            jnp.ones((), a.dtype),
-            batch_axes,
-        )
+      LowRank(
+        a.reshape(*batch, *inputs, rank),
+        b.reshape(*batch, rank, *outputs),
+        jnp.ones((), a.dtype),
+        batch_axes,
+      )
     )
   return tuple(codes)
 
 
 _TRUNCATE = transform.register_step(
-    transform.Step(name="truncate", update=_update)
+  transform.Step(name="truncate", update=_update)
 )
 
 
@@ -155,5 +162,3 @@ def _orthonormal(y: Array) -> Array:
     root = jnp.linalg.cholesky(gram + shift * eye)
     y = jax.scipy.linalg.solve_triangular(root, y.T, lower=True).T
   return y
-
-

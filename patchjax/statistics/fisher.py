@@ -8,9 +8,9 @@ sometimes used in its place, is too small by about the size of the batch.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -43,14 +43,14 @@ class Fisher:
 
 
 def fisher_diagonal(
-    log_prob: Callable[[Any, Any], Array],
-    params: Any,
-    data: Any,
-    *,
-    key: Array | None = None,
-    labels: Labels = "sample",
-    only: Any = None,
-    chunk: int = 8,
+  log_prob: Callable[[Any, Any], Array],
+  params: Any,
+  data: Any,
+  *,
+  key: Array | None = None,
+  labels: Labels = "sample",
+  only: Any = None,
+  chunk: int = 8,
 ) -> Fisher:
   """Returns the diagonal of the Fisher information.
 
@@ -87,12 +87,13 @@ def fisher_diagonal(
     >>> x = np.float32([[1, 0], [0, 2]])
     >>> model = lambda p, x: x @ p["w"]
     >>> f = fisher_diagonal(model, params, x, labels="exact")
-    >>> f.values["w"].round(3).tolist(), f.n
-    ([[0.111, 0.111, 0.111], [0.444, 0.444, 0.444]], 2)
+    >>> print(f.values["w"].round(3), f.n)
+    [[0.111 0.111 0.111]
+     [0.444 0.444 0.444]] 2
   """
   if labels not in ("sample", "empirical", "exact"):
     raise ValueError(
-        f"labels must be 'sample', 'empirical' or 'exact', got {labels!r}"
+      f"labels must be 'sample', 'empirical' or 'exact', got {labels!r}"
     )
   if labels == "sample" and key is None:
     raise ValueError("sampled labels need key=jax.random.key(...)")
@@ -109,7 +110,7 @@ def fisher_diagonal(
     size = _size(inputs, targets)
     if size:
       total = _accumulate(
-          static, total, chosen, rest, inputs, targets, key, np.int32(n)
+        static, total, chosen, rest, inputs, targets, key, np.int32(n)
       )
     n += size
   if not n:
@@ -118,8 +119,8 @@ def fisher_diagonal(
   wrong = [name for name, is_bad in jax.device_get(bad).items() if is_bad]
   if wrong:
     raise NonFiniteError(
-        "the Fisher is NaN or Inf in " + ", ".join(wrong) + "; look at the "
-        "model's log-probabilities (log of 0?) or leave the leaves out (only=)"
+      "the Fisher is NaN or Inf in " + ", ".join(wrong) + "; look at the "
+      "model's log-probabilities (log of 0?) or leave the leaves out (only=)"
     )
   return Fisher(values, n, labels)
 
@@ -145,9 +146,9 @@ def picked_floats(named: dict[str, Any], only: Any) -> tuple[str, ...]:
   wrong = [name for name in picked if name not in floats]
   if wrong:
     raise DtypeError(
-        "no gradient with respect to leaves that are not floating point: "
-        + ", ".join(f"{name} ({dtype_name(named[name])})" for name in wrong)
-        + "; narrow only="
+      "no gradient with respect to leaves that are not floating point: "
+      + ", ".join(f"{name} ({dtype_name(named[name])})" for name in wrong)
+      + "; narrow only="
     )
   return picked
 
@@ -168,8 +169,8 @@ def _split(batch: Any, labels: Labels) -> tuple[Any, Any]:
     return batch, None
   if not isinstance(batch, tuple | list) or len(batch) != 2:
     raise ValueError(
-        "with labels='empirical' the data is a pair (inputs, labels), got "
-        f"{type(batch).__name__}"
+      "with labels='empirical' the data is a pair (inputs, labels), got "
+      f"{type(batch).__name__}"
     )
   return batch[0], batch[1]
 
@@ -178,8 +179,8 @@ def _size(inputs: Any, targets: Any) -> int:
   sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves((inputs, targets))}
   if len(sizes) != 1 or () in sizes:
     raise ValueError(
-        "the arrays of the data need one first axis, that of the examples; "
-        f"found first axes {sorted(sizes)}"
+      "the arrays of the data need one first axis, that of the examples; "
+      f"found first axes {sorted(sizes)}"
     )
   return sizes.pop()[0]
 
@@ -202,7 +203,7 @@ def _accumulate(static, total, chosen, rest, inputs, targets, key, start):
   def scores(chosen, x):
     named = {**rest, **chosen}
     params = jax.tree.unflatten(
-        static.treedef, [named[name] for name in static.names]
+      static.treedef, [named[name] for name in static.names]
     )
     return jax.nn.log_softmax(static.log_prob(params, x).astype(jnp.float32))
 
@@ -231,7 +232,7 @@ def _accumulate(static, total, chosen, rest, inputs, targets, key, start):
   whole = size // static.chunk * static.chunk
   if whole:
     chunks = jax.tree.map(
-        lambda a: a[:whole].reshape(-1, static.chunk, *a.shape[1:]), args
+      lambda a: a[:whole].reshape(-1, static.chunk, *a.shape[1:]), args
     )
     total, _ = jax.lax.scan(add, total, chunks)
   if whole < size:
@@ -248,15 +249,15 @@ def _over_classes(scores, chosen, x):
   shape = jax.eval_shape(scores, chosen, x).shape
   if len(shape) != 1:
     raise ValueError(
-        "labels='exact' sums over the classes of one prediction an example, "
-        f"and log_prob gives shape {shape}; use labels='sample'"
+      "labels='exact' sums over the classes of one prediction an example, "
+      f"and log_prob gives shape {shape}; use labels='sample'"
     )
   log_p = jax.lax.stop_gradient(scores(chosen, x))
 
   def add(total, c):
     grads = jax.grad(lambda p: scores(p, x)[c])(chosen)
     return jax.tree.map(
-        lambda t, g: t + jnp.exp(log_p[c]) * g, total, _square(grads)
+      lambda t, g: t + jnp.exp(log_p[c]) * g, total, _square(grads)
     ), None
 
   zero = jax.tree.map(_zeros, chosen)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 import functools
 import math
 import re
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -24,16 +24,16 @@ AxisCount = int | Mapping[str, int]
 
 
 def lora(
-    key: jax.Array,
-    base: Any,
-    *,
-    rank: int,
-    alpha: float | None = None,
-    only: Any = None,
-    in_axes: AxisCount = 1,
-    batch_axes: AxisCount = 0,
-    sharding: Literal["inherit", "replicate"] = "inherit",
-    dtype: Any = jnp.float32,
+  key: jax.Array,
+  base: Any,
+  *,
+  rank: int,
+  alpha: float | None = None,
+  only: Any = None,
+  in_axes: AxisCount = 1,
+  batch_axes: AxisCount = 0,
+  sharding: Literal["inherit", "replicate"] = "inherit",
+  dtype: Any = jnp.float32,
 ) -> Patch:
   """Returns a zero patch of low rank, to be trained.
 
@@ -79,7 +79,7 @@ def lora(
     raise SelectionError(f"rank must be at least 1, got {rank}")
   if sharding not in ("inherit", "replicate"):
     raise ValueError(
-        f"sharding must be 'inherit' or 'replicate', got {sharding!r}"
+      f"sharding must be 'inherit' or 'replicate', got {sharding!r}"
     )
   named = named_leaves(base)
   names = picked_floats(named, only)
@@ -88,16 +88,16 @@ def lora(
   if only is None:
     names = tuple(n for n in names if named[n].ndim - batches[n] >= 2)
   wrong = [
-      f" - {name}: shape {tuple(named[name].shape)}, {batches[name]} batch and "
-      f"{inputs[name]} input axes"
-      for name in names
-      if not 1 <= inputs[name] < named[name].ndim - batches[name]
+    f" - {name}: shape {tuple(named[name].shape)}, {batches[name]} batch and "
+    f"{inputs[name]} input axes"
+    for name in names
+    if not 1 <= inputs[name] < named[name].ndim - batches[name]
   ]
   if wrong or not names:
     raise SelectionError(
-        "a low-rank patch needs leaves with input and output axes:\n"
-        + "\n".join(wrong or [" - found none"])
-        + "\nto mend it: narrow only=, or set in_axes= and batch_axes="
+      "a low-rank patch needs leaves with input and output axes:\n"
+      + "\n".join(wrong or [" - found none"])
+      + "\nto mend it: narrow only=, or set in_axes= and batch_axes="
     )
   scale = (rank if alpha is None else alpha) / rank
   deltas = {}
@@ -106,10 +106,12 @@ def lora(
     for word in placement.identity_of(name):
       own = jax.random.fold_in(own, word)
     make = _factors(
-        tuple(named[name].shape), inputs[name], batches[name], rank,
-        np.dtype(dtype), *_shardings(
-            named[name], inputs[name], batches[name], sharding
-        ),
+      tuple(named[name].shape),
+      inputs[name],
+      batches[name],
+      rank,
+      np.dtype(dtype),
+      *_shardings(named[name], inputs[name], batches[name], sharding),
     )
     a, b = make(own)
     code = LowRank(a, b, jnp.asarray(scale, dtype), batches[name])
@@ -136,14 +138,14 @@ def _shardings(leaf: Any, inputs: int, batch: int, policy: str):
   other = [*spec[:batch], None, *spec[batch + inputs :]]
   specs = (whole, other) if policy == "inherit" else ([], [])
   return tuple(
-      jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*parts))
-      for parts in specs
+    jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*parts))
+    for parts in specs
   )
 
 
 @functools.lru_cache(maxsize=1024)
 def _factors(
-    shape, inputs, batch, rank, dtype, a_sharding, b_sharding
+  shape, inputs, batch, rank, dtype, a_sharding, b_sharding
 ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
   split = batch + inputs
   fan_in = math.prod(shape[batch:split])

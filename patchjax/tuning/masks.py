@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 import functools
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,15 +24,15 @@ Array = Any
 
 
 def fish(
-    log_prob: Callable[[Any, Any], Array],
-    base: Any,
-    data: Any,
-    *,
-    density: float,
-    key: Array | None = None,
-    only: Any = None,
-    labels: fisher_lib.Labels = "sample",
-    chunk: int = 8,
+  log_prob: Callable[[Any, Any], Array],
+  base: Any,
+  data: Any,
+  *,
+  density: float,
+  key: Array | None = None,
+  only: Any = None,
+  labels: fisher_lib.Labels = "sample",
+  chunk: int = 8,
 ) -> Patch:
   """Returns a zero patch on the entries with the largest Fisher information.
 
@@ -69,13 +69,13 @@ def fish(
   """
   selection.check_density(density)
   fisher = fisher_lib.fisher_diagonal(
-      log_prob, base, data, key=key, labels=labels, only=only, chunk=chunk
+    log_prob, base, data, key=key, labels=labels, only=only, chunk=chunk
   )
   return mask_patch(base, fisher.values, density=density)
 
 
 def mask_patch(
-    base: Any, scores: Mapping[str, Array], *, density: float
+  base: Any, scores: Mapping[str, Array], *, density: float
 ) -> Patch:
   """Returns a zero patch on the entries with the largest scores.
 
@@ -92,14 +92,15 @@ def mask_patch(
   """
   named = named_leaves(base)
   wrong = [
-      f" - {name}: {tuple(scores[name].shape)}" for name in scores
-      if name not in named
-      or tuple(named[name].shape) != tuple(scores[name].shape)
+    f" - {name}: {tuple(scores[name].shape)}"
+    for name in scores
+    if name not in named
+    or tuple(named[name].shape) != tuple(scores[name].shape)
   ]
   if wrong:
     raise MismatchError(
-        "scores of leaves that the base does not have, or of another shape:\n"
-        + "\n".join(wrong)
+      "scores of leaves that the base does not have, or of another shape:\n"
+      + "\n".join(wrong)
     )
   size = sum(math.prod(score.shape) for score in scores.values())
   k = entries_selected(density, size)
@@ -109,9 +110,9 @@ def mask_patch(
     indices = indices_of(np.asarray(mask))
     if len(indices):
       code = Sparse(
-          jnp.zeros(len(indices), jnp.float32),
-          jnp.asarray(indices),
-          tuple(mask.shape),
+        jnp.zeros(len(indices), jnp.float32),
+        jnp.asarray(indices),
+        tuple(mask.shape),
       )
       deltas[name] = Delta(code, "add")
   return Patch(deltas, Structure.of(named))
@@ -131,14 +132,14 @@ def entries_selected(density: float, size: int) -> int:
   k = int(density * size)
   if not k:
     raise SelectionError(
-        f"a density of {density} of {size:,} numbers selects none; raise it "
-        f"to at least {1 / size if size else 1:.2g}"
+      f"a density of {density} of {size:,} numbers selects none; raise it "
+      f"to at least {1 / size if size else 1:.2g}"
     )
   return k
 
 
 def random_mask(
-    base: Any, *, density: float, key: Array, only: Any = None
+  base: Any, *, density: float, key: Array, only: Any = None
 ) -> Patch:
   """Returns a zero patch on entries drawn at random: FISH's control.
 

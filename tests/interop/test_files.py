@@ -41,7 +41,7 @@ def test_params_come_back_as_nested_dicts(tmp_path, name, container):
   assert isinstance(back["blocks"]["0"]["kernel"], np.ndarray)
 
 
-@pytest.mark.parametrize("dtype", files._CODES.values())
+@pytest.mark.parametrize("dtype", files.storage.CODES.values())
 def test_safetensors_keeps_every_bit_of_every_dtype_it_has(tmp_path, dtype):
   params = {"w": some(dtype), "odd": np.zeros(3, np.int8)}
   files.save_params(tmp_path / "a.safetensors", params)
