@@ -247,4 +247,6 @@ def compressed(x: np.ndarray) -> int:
     context=ts.Context(),
   ).result()
   array.write(octets).result()
-  return len(array.kvstore.read("c/0").result().value)
+  store = array.kvstore
+  assert store is not None  # every zarr array has one
+  return len(store.read("c/0").result().value)

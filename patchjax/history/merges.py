@@ -133,14 +133,14 @@ def _merged(
   contributing: Sequence[Commit],
   method: Any,
   fast_forward: bool,
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
   """Returns the leaves of the merged value."""
   from patchjax.trees.check import check_named
   from patchjax.trees.names import named_leaves
 
   if not contributing or (fast_forward and len(contributing) == 1):
     # One side changed: it is taken as it is, to the bit.
-    return repo.objects.tree((*contributing, base)[0].tree)
+    return dict(repo.objects.tree((*contributing, base)[0].tree))
   from patchjax import merging
 
   expected = repo.objects.tree(base.tree)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from patchjax.history.files import TEMPORARY
 from patchjax.trees.errors import FormatError, IntegrityError, RepositoryError
 
 # What Orbax and TensorStore raise when a disk is full, a path is gone, a chunk
@@ -54,6 +55,7 @@ def save(
   from orbax.checkpoint import v1 as ocp
 
   try:
+    _probe(path)
     with _quiet():
       ocp.save(path, arrays, custom_metadata=metadata)
   except _STORAGE_ERRORS as error:
@@ -66,6 +68,19 @@ def save(
       "free some space or make the path writable, and try again; nothing "
       "was left half-written"
     ) from error
+
+
+def _probe(path: str) -> None:
+  """Raises OSError if a folder cannot be created where `path` will be.
+
+  Orbax creates its folder while other threads wait for it: when that fails,
+  they wait for minutes and keep the process from ending.
+  """
+  folder, name = os.path.split(path)
+  os.makedirs(folder, exist_ok=True)
+  probe = os.path.join(folder, f"{TEMPORARY}{name}")
+  os.mkdir(probe)
+  os.rmdir(probe)
 
 
 def load(path: str, keys: Iterable[str]) -> dict[str, np.ndarray]:

@@ -233,8 +233,9 @@ def _check(name: str, x: Any) -> None:
       f"the name {name!r} is no valid Unicode text; rename the leaf"
     ) from error
   import jax
+  from jax.core import Tracer
 
-  if isinstance(x, jax.core.Tracer):
+  if isinstance(x, Tracer):
     raise DtypeError("a traced value has no bits; commit outside of jit")
   if isinstance(x, jax.ShapeDtypeStruct):
     raise DtypeError("an abstract array has no bits; commit arrays")

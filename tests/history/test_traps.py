@@ -319,6 +319,16 @@ def test_a_lost_swap_is_noticed(repo):
   assert repo.files.read("refs/heads/main") == b"1\n"
 
 
+def test_a_lock_that_a_killed_writer_left_is_no_obstacle(repo):
+  repo.commit({"x": LARGE}, message="start")
+  for name in ("main", "other"):
+    open(repo.files.path(f"refs/heads/{name}.__lock"), "w").close()
+  assert list(repo.branches()) == ["main"]
+  repo.commit({"x": LARGE}, message="next")
+  repo.branch("other")
+  assert repo.fsck().ok
+
+
 # Disks.
 
 
@@ -326,6 +336,14 @@ def test_unwritable_paths(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(OSError):
     Repo.init(tmp_path / "file" / "repo")
+
+
+def test_a_folder_that_cannot_be_created_is_told_at_once(repo):
+  first = repo.commit({"x": LARGE[0]}, message="a blob")
+  open(repo.files.path("payloads"), "w").close()
+  with pytest.raises(errors.RepositoryError, match="make the path writable"):
+    repo.commit({"x": LARGE}, message="a checkpoint")
+  assert repo.resolve("main") == first
 
 
 @pytest.mark.parametrize("limit", [100, 3_000, 150_000])
