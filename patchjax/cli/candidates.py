@@ -94,8 +94,16 @@ def merge(
   if dry_run:
     with waiting("comparing the contributors"):
       start = repo.merge_base(into, *refs) if base is None else base
+      # As in a merge: what equals the base contributes nothing.
+      sides = [
+        ref
+        for ref in (into, *refs)
+        if repo.show(ref).tree != repo.show(start).tree
+      ]
       report = merging.conflicts(
-        repo.checkout(start), [repo.checkout(ref) for ref in (into, *refs)]
+        repo.checkout(start),
+        [repo.checkout(ref) for ref in sides],
+        method=chain,
       )
     emit(as_json, report.to_json(), lambda: str(report))
     return

@@ -232,7 +232,12 @@ def test_merge_shows_conflicts_without_a_commit(work):
   before = run("-C", "repo", "log")
   text = run("-C", "repo", "merge", "duck", "--into", "fid", "--dry-run")
   assert "dense/kernel" in text
+  assert max(map(len, text.splitlines())) <= 100
   assert run("-C", "repo", "log") == before
+  # main is at the merge base, and no contributor.
+  both = run_json("-C", "repo", "merge", "duck", "fid", "--dry-run")
+  alone = run_json("-C", "repo", "merge", "duck", "--dry-run")
+  assert both["total"]["changed"] > alone["total"]["changed"] > 0
 
 
 @pytest.mark.parametrize(
