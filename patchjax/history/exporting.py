@@ -41,7 +41,7 @@ def export(repo: Repo, ref: str, path: str) -> None:
     raise RepositoryError(
       f"version {ref!r} has zero-size leaves only, which Orbax cannot hold"
     )
-  words = repo._reader.read(held)
+  words = repo.reader.read(held)
   arrays = {
     name: encodings.to_stored(words[name], entry.dtype)
     for name, entry in held.items()

@@ -263,7 +263,7 @@ class _Check:
   def _packs(self) -> list[str]:
     """Verifies every payload index and every blob; returns them."""
     # Judge what is on the disk, not what was remembered of it.
-    index = self.repo._index
+    index = self.repo.index
     index.forget()
     index.refresh()
     for pack, why in index.damaged.items():
@@ -285,7 +285,7 @@ class _Check:
     return used
 
   def _verify(self, batch: Mapping[str, Entry]) -> set[str]:
-    reader = self.repo._reader
+    reader = self.repo.reader
     good, why, used = reader.verify(batch)
     for digest, reasons in why.items():
       entry = batch[digest]

@@ -7,7 +7,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchjax.history import graph
+from patchjax.history import committing, graph
 from patchjax.history.refs import HEADS
 from patchjax.trees.errors import RepositoryError
 
@@ -114,7 +114,8 @@ def merge(
     repo.refs.move(HEADS, target, old=tip, new=tips[1])
     return tips[1]
   named = _merged(repo, base_commit, contributing, method, fast_forward)
-  return repo._commit(
+  return committing.record(
+    repo,
     named,
     objects.tree(objects.commit(tip).tree),
     branch=target,

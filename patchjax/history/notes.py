@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from patchjax.history.objects import Objects
+from patchjax.history.objects import Objects, spell
 from patchjax.history.refs import NOTES, Refs
 from patchjax.trees.errors import ConflictError
 
@@ -40,8 +40,6 @@ def add(
   Raises:
     ConflictError: if others keep writing notes to this commit.
   """
-  from patchjax.trees.digest import canonical_json
-
   for attempt in range(_TRIES):
     previous = refs.get(NOTES, commit)
     spelled = {
@@ -53,7 +51,7 @@ def add(
       "time": time,
       "previous": previous,
     }
-    note = objects.write(canonical_json(spelled))
+    note = objects.write(spell(spelled))
     try:
       refs.move(NOTES, commit, old=previous, new=note)
       return note

@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from patchjax.trees.errors import IntegrityError
+from patchjax.trees.errors import IntegrityError, RepositoryError
 
 if TYPE_CHECKING:
   from patchjax.history.files import Files
@@ -68,6 +68,29 @@ class Commit:
     return {**dataclasses.asdict(self), "parents": list(self.parents)}
 
 
+_COMMIT_FIELDS = {field.name for field in dataclasses.fields(Commit)} - {"id"}
+
+
+def spell(value: dict[str, Any]) -> bytes:
+  """Returns the bytes of an object.
+
+  Args:
+    value: what it says.
+
+  Raises:
+    RepositoryError: if that is no JSON (NaN and Inf are none either).
+  """
+  from patchjax.trees.digest import canonical_json
+
+  try:
+    return canonical_json(value)
+  except (TypeError, ValueError) as error:
+    raise RepositoryError(
+      f"cannot be stored as JSON: {error}; give dicts with text keys, lists, "
+      "texts, finite numbers, booleans or None"
+    ) from error
+
+
 def commit_bytes(
   *,
   tree: str,
@@ -79,8 +102,6 @@ def commit_bytes(
   patch: str | None,
 ) -> bytes:
   """Returns the bytes of a commit object; arguments as in `Commit`."""
-  from patchjax.trees.digest import canonical_json
-
   spelled: dict[str, Any] = {
     "type": "commit",
     "tree": tree,
@@ -94,7 +115,7 @@ def commit_bytes(
     spelled["recipe"] = recipe
   if patch is not None:
     spelled["patch"] = patch
-  return canonical_json(spelled)
+  return spell(spelled)
 
 
 def id_of(data: bytes) -> str:
@@ -227,9 +248,13 @@ class Objects:
     """
     if name not in self._commits:
       spelled = self._read_json(name, "commit")
-      del spelled["type"]
-      spelled["parents"] = tuple(spelled["parents"])
-      self._commits[name] = Commit(id=name, **spelled)
+      # Fields that a newer version may add do not concern this one.
+      known = {k: v for k, v in spelled.items() if k in _COMMIT_FIELDS}
+      try:
+        known["parents"] = tuple(known["parents"])
+        self._commits[name] = Commit(id=name, **known)
+      except (KeyError, TypeError) as error:
+        raise IntegrityError(f"commit {name} lacks a field: {error}") from error
     return self._commits[name]
 
   def note(self, name: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def materialise(
   base = repo.objects.commit(parents[0])
   _check_base(repo, patch, base, old)
   touched = {name: old[name] for name in patch.names if name in old}
-  words = repo._reader.read(touched)
+  words = repo.reader.read(touched)
   named: dict[str, Any] = {
     name: stored(words[name], entry) if name in words else entry
     for name, entry in old.items()

@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from patchjax.history import graph, layout, notes
 from patchjax.history.files import Files
-from patchjax.history.objects import Commit, Objects, commit_bytes, id_of
+from patchjax.history.objects import Commit, Objects
 from patchjax.history.refs import HEADS, TAGS, Refs
 from patchjax.trees.errors import (
   ConflictError,
-  RefNotFoundError,
   RepositoryError,
 )
 
@@ -53,6 +52,9 @@ class Repo:
 
   Attributes:
     path: absolute path of its folder.
+    files: the files in it.
+    objects: its commits, trees and notes.
+    refs: its branches and tags.
 
   Example:
     >>> import numpy as np
@@ -123,22 +125,25 @@ class Repo:
     return f"Repo({self.path!r})"
 
   @functools.cached_property
-  def _index(self) -> Index:
+  def index(self) -> Index:
+    """Where each leaf is stored."""
     from patchjax.history.index import Index
 
     return Index(self.files)
 
   @functools.cached_property
-  def _reader(self) -> LeafReader:
+  def reader(self) -> LeafReader:
+    """Reads and verifies leaves."""
     from patchjax.history.reading import LeafReader
 
-    return LeafReader(self.files, self._index)
+    return LeafReader(self.files, self.index)
 
   @functools.cached_property
-  def _writer(self) -> LeafWriter:
+  def writer(self) -> LeafWriter:
+    """Stores leaves."""
     from patchjax.history.writing import LeafWriter
 
-    return LeafWriter(self.files, self._index, self._reader)
+    return LeafWriter(self.files, self.index, self.reader)
 
   def commit(
     self,
@@ -192,19 +197,20 @@ class Repo:
       ...   repo.checkout(second)["w"].tolist()
       [1.0, 4.0]
     """
-    from patchjax.history import proposals
+    from patchjax.history import committing, proposals
     from patchjax.trees.names import named_leaves
 
     if on is not None and parents is not None:
       raise RepositoryError("commit: give `on` or `parents`, not both")
-    ids, expected = self._parents(branch, [on] if on else parents)
+    ids, expected = committing.parents_of(self, branch, [on] if on else parents)
     old = self.tree(ids[0]) if ids else {}
     patch_id = None
     if proposals.is_patch(value):
       named, patch_id = proposals.materialise(self, value, ids, old)
     else:
       named = named_leaves(value)
-    return self._commit(
+    return committing.record(
+      self,
       named,
       old,
       branch=branch,
@@ -216,63 +222,6 @@ class Repo:
       recipe=recipe,
       patch=patch_id,
     )
-
-  def _parents(
-    self, branch: str, parents: Sequence[str] | None
-  ) -> tuple[tuple[str, ...], str | None]:
-    """Returns the parents of a new commit, and where the branch must be."""
-    tip = self.refs.get(HEADS, branch)
-    if parents is not None:
-      ids = tuple(self.resolve(parent) for parent in parents)
-      if tip is not None and ids[:1] != (tip,):
-        first = ids[0][:12] if ids else "nothing (a new root)"
-        raise ConflictError(
-          f"branch {branch!r} is at {tip[:12]}, the new commit is to follow "
-          f"{first}; commit to a branch of its own "
-          "(repo.branch(name, at=...)) and merge"
-        )
-      return ids, tip
-    if tip is None and (known := self.refs.names(HEADS)):
-      raise RefNotFoundError(
-        f"there is no branch {branch!r}; found: {', '.join(known)}; create "
-        f"it with repo.branch({branch!r})"
-      )
-    return (() if tip is None else (tip,)), tip
-
-  def _commit(
-    self,
-    named: dict[str, Any],
-    old: dict[str, Entry],
-    *,
-    branch: str,
-    expected: str | None,
-    parents: tuple[str, ...],
-    message: str,
-    author: str | None,
-    time: datetime.datetime | float | None,
-    recipe: dict[str, Any] | None,
-    patch: str | None = None,
-  ) -> str:
-    from patchjax.history.refs import check_name
-    from patchjax.trees.digest import tree_objects
-
-    check_name(branch)
-    # The order matters: what a ref can reach is written before the ref.
-    entries = self._writer.write(named, old)
-    tree, objects = tree_objects(entries)
-    data = commit_bytes(
-      tree=tree,
-      parents=parents,
-      message=message,
-      author=author or layout.default_author(),
-      time=layout.spell_time(time),
-      recipe=recipe,
-      patch=patch,
-    )
-    commit = id_of(data)
-    self.objects.write_all({**objects, commit: data})
-    self.refs.move(HEADS, branch, old=expected, new=commit)
-    return commit
 
   def resolve(self, ref: str) -> str:
     """Returns the commit id that a ref names.
@@ -390,7 +339,7 @@ class Repo:
     entries = restoring.pick(
       self.objects.tree(commit.tree), like, only, f"version {ref!r}"
     )
-    return restoring.build(self._reader.read(entries), entries, like)
+    return restoring.build(self.reader.read(entries), entries, like)
 
   def diff(self, a: str, b: str = "main") -> TreeDiff:
     """Returns what changed between two versions, leaf by leaf.
@@ -401,7 +350,7 @@ class Repo:
     """
     from patchjax.history import differences
 
-    return differences.compare(self.tree(a), self.tree(b), self._reader)
+    return differences.compare(self.tree(a), self.tree(b), self.reader)
 
   def merge_base(self, *refs: str) -> str:
     """Returns the id of the best common ancestor of versions.

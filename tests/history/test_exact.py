@@ -45,7 +45,7 @@ def test_every_dtype_round_trips(large):
   value = {name: random_bits(name, shape) for name in PLAIN}
   with Repo.temporary() as repo:
     repo.commit(value, message="host")
-    kinds = {pack.split("/")[0] for pack in repo._index.packs()}
+    kinds = {pack.split("/")[0] for pack in repo.index.packs()}
     assert kinds == {"payloads" if large else "blobs"}
     for like in (value, None):
       found = repo.checkout(like=like)
@@ -158,8 +158,8 @@ def test_encodings_are_chosen_by_measured_gain():
     repo.commit({"near": base, "far": base + 1}, message="base")
     repo.commit({"near": near, "far": far}, message="tuned")
     tree = repo.tree()
-    repo._index.refresh()
-    places = repo._index.find(e.digest for e in tree.values())
+    repo.index.refresh()
+    places = repo.index.find(e.digest for e in tree.values())
     [at_near] = places[tree["near"].digest]
     [at_far] = places[tree["far"].digest]
     assert (at_near.encoding, at_near.depth) == ("planes", 1)
@@ -180,12 +180,12 @@ def test_chains_are_bounded_and_exact():
     for version in versions:
       repo.commit({"x": version}, message="step")
     repo = Repo.open(repo.path)
-    repo._index.refresh()
+    repo.index.refresh()
     depths = []
     for back, version in enumerate(reversed(versions)):
       ref = f"main~{back}"
       digest = repo.tree(ref)["x"].digest
-      depths.append(repo._index.find([digest])[digest][0].depth)
+      depths.append(repo.index.find([digest])[digest][0].depth)
       assert same(repo.checkout(ref, like={"x": x})["x"], version)
     assert max(depths) == encodings.MAX_DEPTH
     assert depths.count(0) == 2  # the first, and one dense again in between

@@ -182,10 +182,10 @@ def test_unchanged_leaves_are_stored_once(repo):
   rng = np.random.default_rng(1)
   x = rng.standard_normal(100_000).astype(np.float32)
   repo.commit({"a": x, "b": x[:10]}, message="one")
-  packs = repo._index.packs()
+  packs = repo.index.packs()
   repo.commit({"a": x.copy(), "b": x[:10]}, message="same")
   repo.commit({"moved": {"a": jnp.asarray(x)}}, message="renamed")
-  assert repo._index.packs() == packs
+  assert repo.index.packs() == packs
 
 
 def test_diff_counts_entries(repo, params):
@@ -217,6 +217,17 @@ def test_annotations(repo, params):
   [note] = repo.annotations(commit, kind="verdict")
   assert note["payload"] == {"accepted": True}
   assert note["author"] == "A"
+
+
+def test_what_is_no_json_is_refused(repo, params):
+  for bad in (float("nan"), {1, 2}, np.float32(1)):
+    with pytest.raises(errors.RepositoryError, match="stored as JSON"):
+      repo.commit(params, message="one", recipe={"x": bad})
+  assert repo.branches() == {}
+  repo.commit(params, message="one", recipe={"x": 1.5})
+  assert repo.show().recipe == {"x": 1.5}
+  with pytest.raises(errors.RepositoryError, match="stored as JSON"):
+    repo.annotate("main", "verdict", {"p": float("inf")})
 
 
 def test_init_open_and_wrong_folders(tmp_path, params):

@@ -53,7 +53,7 @@ def test_dotted_and_nested_keys_do_not_collide(repo):
     "üñ %41": LARGE + 7,
   }
   repo.commit(value, message="names")
-  assert repo._index.packs()[0].startswith("payloads/")
+  assert repo.index.packs()[0].startswith("payloads/")
   found = repo.checkout(like=value)
   assert jax.tree.all(jax.tree.map(np.array_equal, found, value))
   assert repo.fsck().ok
@@ -135,7 +135,7 @@ def test_snapshots_open_with_plain_orbax(repo):
     "empty": np.zeros((0, 2), np.float32),
   }
   repo.commit(value, message="snapshot")
-  [pack] = repo._index.packs()
+  [pack] = repo.index.packs()
   found = ocp.load(repo.files.path(pack))
   assert set(found) == {
     "encoder/layer/0/kernel",
@@ -151,7 +151,7 @@ def test_snapshots_open_with_plain_orbax(repo):
 
 def test_a_value_that_orbax_would_cast_or_cut_is_refused(repo):
   repo.commit({"x": LARGE}, message="start")
-  [pack] = repo._index.packs()
+  [pack] = repo.index.packs()
   data = repo.files.read(f"{pack}/{index.INDEX}")
   for wrong in (LARGE.astype(np.float16), LARGE[:100], {"y": LARGE}):
     shutil.rmtree(repo.files.path(pack))
@@ -216,7 +216,7 @@ def test_a_damaged_cache_is_rebuilt(repo):
 
 def test_a_missing_payload_is_named_and_can_be_repaired(repo):
   commit = repo.commit({"x": LARGE, "b": LARGE[0]}, message="start")
-  [pack] = repo._index.packs()
+  [pack] = repo.index.packs()
   shutil.rmtree(repo.files.path(pack))
   with pytest.raises(errors.IntegrityError) as info:
     repo.checkout()
@@ -233,7 +233,7 @@ def test_a_missing_payload_is_named_and_can_be_repaired(repo):
 
 def test_a_second_place_stands_in_for_a_damaged_one(repo):
   repo.commit({"x": LARGE}, message="start")
-  [pack] = repo._index.packs()
+  [pack] = repo.index.packs()
   copy = "payloads/" + "0" * 32
   shutil.copytree(repo.files.path(pack), repo.files.path(copy))
   shutil.rmtree(repo.files.path(f"{copy}/state"))
@@ -283,7 +283,7 @@ def test_a_damaged_ref_is_named(repo):
 
 def test_a_damaged_parent_does_not_stop_a_good_commit(repo):
   repo.commit({"x": LARGE}, message="start")
-  [pack] = repo._index.packs()
+  [pack] = repo.index.packs()
   shutil.rmtree(repo.files.path(f"{pack}/state"))
   repo.commit({"x": LARGE * np.float32(1.0001)}, message="tuned")
   assert np.array_equal(repo.checkout()["x"], LARGE * np.float32(1.0001))
