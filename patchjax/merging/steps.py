@@ -49,11 +49,17 @@ def elect_sign(
   )
 
 
-def _weighted(deltas, state):
+def _weighted(deltas, weights):
+  return tuple(
+    transform.rounded(d * _as(w, d)) for d, w in zip(deltas, weights)
+  )
+
+
+def _by_weight(deltas, state):
   if "weights" not in state:
     return deltas
   weights = transform.per_contributor(state["weights"], len(deltas))
-  return tuple(d * _as(w, d) for d, w in zip(deltas, weights, strict=True))
+  return _weighted(deltas, weights)
 
 
 def _as(number, like):
@@ -72,7 +78,7 @@ def _elect_start(state, shapes, k, *, method, zero):
 
 def _elect_reduce(leaf, deltas, state, carry, *, method, zero):
   del carry, zero
-  balance = _balance(_weighted(deltas, state), method)
+  balance = _balance(_by_weight(deltas, state), method)
   masks = (balance > _as(0, balance), balance < _as(0, balance))
   return selection.count_true(masks, local=leaf.local)
 
@@ -87,7 +93,7 @@ def _elect_finish(total, carry, *, method, zero):
 
 def _elect(leaf, deltas, base, state, shared, *, method, zero):
   del leaf, base
-  deltas = _weighted(deltas, state)
+  deltas = _by_weight(deltas, state)
   balance = _balance(deltas, method)
   nought = _as(0, balance)
   tied = jnp.asarray(True) if zero == "positive" else shared
@@ -138,7 +144,7 @@ def _disjoint(leaf, deltas, base, state, shared, *, in_sum):
     ),
   )
   total = functools.reduce(
-    jnp.add, _weighted(deltas, state) if in_sum else deltas
+    jnp.add, _by_weight(deltas, state) if in_sum else deltas
   )
   # The inner `where` keeps 0/0 out of the derivative as well.
   safe = jnp.where(mass != _as(0, mass), mass, jnp.ones_like(mass))
@@ -164,11 +170,14 @@ def weighted_sum(
 
 def _sum(leaf, deltas, base, state, shared, *, normalize):
   del leaf, base, shared
-  total = functools.reduce(jnp.add, _weighted(deltas, state))
-  if not normalize:
-    return total
   weights = transform.per_contributor(state["weights"], len(deltas))
-  return total / functools.reduce(jnp.add, (_as(w, total) for w in weights))
+  weights = tuple(_as(w, deltas[0]) for w in weights)
+  if normalize:
+    # Weights are divided, not their sum: an array divided by a number is
+    # compiled to a product in some places and to a quotient in others.
+    mass = functools.reduce(jnp.add, weights)
+    weights = tuple(w / mass for w in weights)
+  return functools.reduce(jnp.add, _weighted(deltas, weights))
 
 
 _SUM = transform.register_step(
@@ -184,7 +193,7 @@ def mean() -> transform.Transform:
 def _mean(leaf, deltas, base, state, shared):
   del leaf, base, state, shared
   total = functools.reduce(jnp.add, deltas)
-  return total / _as(len(deltas), total)
+  return transform.rounded(total * _as(1 / len(deltas), total))
 
 
 _MEAN = transform.register_step(
@@ -210,7 +219,7 @@ def scale(scale: Any) -> transform.Transform:
 def _scale(leaf, deltas, base, state, shared):
   del leaf, base, shared
   scales = transform.per_contributor(state["scale"], len(deltas))
-  return tuple(d * _as(s, d) for d, s in zip(deltas, scales, strict=True))
+  return _weighted(deltas, scales)
 
 
 _SCALE = transform.register_step(transform.Step(name="scale", update=_scale))

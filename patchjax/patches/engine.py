@@ -182,7 +182,8 @@ def _update(
   if as_params:
     (total,) = out
     total = total if hasattr(total, "at") else total.dense()
-    out = (wide + total.astype(wide.dtype)).astype(base.dtype)
+    total = transform.rounded(total.astype(wide.dtype))
+    out = (wide + total).astype(base.dtype)
   bad = jnp.zeros((2, 2), jnp.int32)
   if checked:
     given = functools.reduce(jnp.logical_or, (~jnp.isfinite(d) for d in deltas))

@@ -303,6 +303,21 @@ def per_contributor(value: Any, k: int) -> tuple[Array, ...]:
   return tuple(value[i] for i in range(k))
 
 
+def rounded(product: Array) -> Array:
+  """Returns a product, rounded before anything is added to it.
+
+  A compiler may contract a product and a sum into one rounding, and does so
+  in some of the places where the same expression is compiled (a jit, a mesh,
+  a remainder of a loop). A merge would then have other bits there. It cannot
+  look through this selection, which is true for no finite number.
+
+  Args:
+    product: floating point array.
+  """
+  largest = jnp.asarray(jnp.finfo(product.dtype).max, product.dtype)
+  return jnp.where(product > largest, jnp.full_like(product, jnp.nan), product)
+
+
 # ---------------------------------------------------------------------------
 # Running the stages on one leaf: traceable, shared by every runner.
 
