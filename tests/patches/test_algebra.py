@@ -27,25 +27,25 @@ def _two(law, one, other):
 @pytest.mark.parametrize("law", ["add", "mul", "set", "bits"])
 @pytest.mark.parametrize("one", cases.CODES)
 @pytest.mark.parametrize("other", cases.CODES)
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-def test_compose_is_one_after_the_other(law, one, other, jit):
+def test_compose_is_one_after_the_other(law, one, other):
   if (law, one) not in cases.LAW_CODES or (law, other) not in cases.LAW_CODES:
     return
+  # Under jit only the unions of sparse indices are done in another way.
+  jit = law == "add" and "dense" not in (one, other)
   base, first, second = _two(law, one, other)
-  compose = jax.jit(pj.compose) if jit else pj.compose
-  if jit and law == "set" and "sparse" in one and "sparse" in other:
-    with pytest.raises(LawError, match="inside jit"):
-      compose(first, second)
-    return
-  both = compose(first, second)
-  expected = pj.apply(pj.apply(base, first), second)["w"]
-  found = pj.apply(base, both)["w"]
-  if law in ("set", "bits"):
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
-  else:
-    np.testing.assert_allclose(
-      np.asarray(found), np.asarray(expected), 1e-4, 1e-5
-    )
+  expected = np.asarray(pj.apply(pj.apply(base, first), second)["w"])
+  for compose in (pj.compose, jax.jit(pj.compose))[: 1 + jit]:
+    found = np.asarray(pj.apply(base, compose(first, second))["w"])
+    if law in ("set", "bits"):
+      np.testing.assert_array_equal(found, expected)
+    else:
+      np.testing.assert_allclose(found, expected, 1e-4, 1e-5)
+
+
+def test_sparse_sets_are_not_composed_inside_jit():
+  _, first, second = _two("set", "sparse", "sparse")
+  with pytest.raises(LawError, match="inside jit"):
+    jax.jit(pj.compose)(first, second)
 
 
 def test_compose_keeps_small_codes_small():

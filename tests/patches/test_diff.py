@@ -137,10 +137,11 @@ def test_passengers_must_agree():
     pj.diff(one, eqx.nn.MLP(2, 2, 4, 1, jax.nn.gelu, key=jax.random.key(1)))
 
 
-@hypothesis.given(
-  hnp.arrays(np.uint32, st.shared(hnp.array_shapes(min_side=0), key="s")),
-  hnp.arrays(np.uint32, st.shared(hnp.array_shapes(min_side=0), key="s")),
-)
+# Few shapes: every new one compiles.
+SHAPES = st.shared(st.sampled_from([(), (0, 2), (3, 5)]), key="shape")
+
+
+@hypothesis.given(hnp.arrays(np.uint32, SHAPES), hnp.arrays(np.uint32, SHAPES))
 def test_exact_diff_is_exact_for_any_floats(x, y):
   a, b = {"w": x.view(np.float32)}, {"w": y.view(np.float32)}
   patch = pj.diff(a, b, exact=True)
