@@ -201,7 +201,7 @@ def on_device(leaf: Any, like: Any = None) -> Any:
     leaf: array, on the host or on devices.
     like: the base's leaf: another placement than its own is moved there.
   """
-  if isinstance(leaf, jax.core.Tracer):
+  if engine.is_traced(leaf, like):
     return leaf
   if isinstance(like, jax.Array) and len(like.sharding.device_set) > 1:
     if not isinstance(leaf, jax.Array) or leaf.sharding != like.sharding:

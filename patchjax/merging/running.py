@@ -191,13 +191,13 @@ def _run(
   traced = engine.is_traced(floats, sources, method, state)
   leaves = {}
   for name in touched:
-    base = inputs.on_device(floats[name])
+    base = floats[name] if traced else inputs.on_device(floats[name])
     given = []
     for source in sources:
       one = source.get(name)
       if isinstance(one, Delta):
         one = one if traced else engine.held_dense(base, one)
-      elif one is not None:
+      elif one is not None and not traced:
         one = inputs.on_device(one, base)
       given.append(one)
     work = engine.Work(base, tuple(given))

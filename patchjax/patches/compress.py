@@ -116,16 +116,17 @@ def _recoded(delta: Delta, choice: Choice) -> Delta | None:
       if _any(code.words, code.scales)
       else None
     )
-  if isinstance(code, Sparse) and np.shape(code.indices)[:1] == (0,):
-    return None if choice == "auto" else delta
-  if isinstance(code, Sparse) and (
-    law == "bits" or isinstance(code.values, Quantized)
-  ):
-    return delta
   if choice == "dense":
-    if isinstance(code, Dense):
+    return (
+      delta
+      if isinstance(code, Dense)
+      else Delta(Dense(code.dense(fill=fill)), law)
+    )
+  if isinstance(code, Sparse):
+    if choice == "auto" and not len(code.indices):
+      return None
+    if law == "bits" or isinstance(code.values, Quantized):
       return delta
-    return Delta(Dense(code.dense(fill=fill)), law)
   values = np.asarray(
     code.dense(fill=fill) if isinstance(code, Sparse) else code.values
   )

@@ -25,6 +25,9 @@ from patchjax.trees.errors import SelectionError
 Array = Any
 Axes = tuple[tuple[str, ...], ...]
 
+ROW_LIMIT = 1 << 31
+"""Leaves of as many entries are numbered by rows."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Leaf:
     if self.mesh is not None and not self.manual:
       manual = dataclasses.replace(self, manual=True)
       return _shard_map(manual.index, self, (), (_spec(self), _spec(self)))()
-    first = 0 if self.size < 1 << 31 else 1
+    first = 0 if self.size < ROW_LIMIT else 1
     shape = list(self.shape)
     if self.manual:
       for d, names in enumerate(self.axes):
@@ -95,8 +98,10 @@ class Leaf:
 def extents(shape: tuple[int, ...]) -> tuple[int, int]:
   """Returns how many rows `Leaf.index` gives a shape, and their length."""
   size = math.prod(shape)
-  rows, columns = (1, size) if size < 1 << 31 else (shape[0], size // shape[0])
-  if columns > 1 << 31:
+  rows, columns = (1, size)
+  if size >= ROW_LIMIT:
+    rows, columns = shape[0], size // shape[0]
+  if max(rows, columns) > 1 << 31:
     raise SelectionError(
       f"cannot number the entries of a leaf of shape {shape}: give it a "
       "first axis that leaves rows of at most 2**31 entries"

@@ -242,10 +242,10 @@ def count_true(masks: tuple[Array, ...], *, local: bool) -> Array:
         total & jnp.int32((1 << _LIMB) - 1),
       ]
     )
-  return jnp.stack([_limb_sum(p) for p in partial], axis=1)
+  return jnp.stack([limb_sum(p) for p in partial], axis=1)
 
 
-def _limb_sum(x: Array) -> Array:
+def limb_sum(x: Array) -> Array:
   """Sums non-negative int32 of any number and size into carried limbs."""
 
   def add(a, b):

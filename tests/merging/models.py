@@ -7,25 +7,27 @@ import numpy as np
 P = jax.sharding.PartitionSpec
 
 SPECS = {
-  "block": {"kernel": P("x", "y"), "bias": P("y")},
+  "block": {"kernel": P("x", "y")},
   "heads": [P(None, ("x", "y"), None)],
   "step": P(),
 }
 
 DTYPES = {
-  "float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16
+  "float32": np.float32,
+  "bfloat16": jnp.bfloat16,
+  "float16": np.float16,
 }
 
 
 def model(seed, dtype="float32", spread=1.0):
-  """A tree of four leaves; `seed` 0 is the base."""
+  """A tree of three leaves; `seed` 0 is the base."""
   rng = np.random.default_rng(seed)
 
   def draw(*shape):
     return (spread * rng.standard_normal(shape)).astype(DTYPES[dtype])
 
   return {
-    "block": {"kernel": draw(32, 16), "bias": draw(16)},
+    "block": {"kernel": draw(32, 16)},
     "heads": [draw(4, 16, 2)],
     "step": np.int32(7),
   }
@@ -57,7 +59,8 @@ def put(tree, mesh):
   """The tree, sharded over a mesh with axes x (4) and y (2)."""
   return jax.tree.map(
     lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)),
-    tree, SPECS,
+    tree,
+    SPECS,
   )
 
 
@@ -65,7 +68,6 @@ def same_bits(a, b):
   """Whether two trees hold the same numbers in the same dtypes."""
   pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   return all(
-    x.dtype == y.dtype
-    and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+    x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
     for x, y in pairs
   )

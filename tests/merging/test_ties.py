@@ -39,7 +39,10 @@ def test_frequency_and_weights():
   check(
     pj.merge(base, others, method),
     reference.ties(
-      floats(base), [floats(x) for x in others], 0.3, weights=weights,
+      floats(base),
+      [floats(x) for x in others],
+      0.3,
+      weights=weights,
       frequency=True,
     ),
   )
@@ -55,8 +58,12 @@ def test_mergekit_flavour(scope):
   check(
     pj.merge(base, others, method),
     reference.ties(
-      floats(base), [floats(x) for x in others], 0.3, weights=weights,
-      scope=scope, flavour="mergekit",
+      floats(base),
+      [floats(x) for x in others],
+      0.3,
+      weights=weights,
+      scope=scope,
+      flavour="mergekit",
     ),
   )
 
@@ -77,9 +84,7 @@ def test_ties_and_cancelling_entries(data, density):
     {"a": np.float32(row[:5]), "b": np.float32(row[5:])} for row in data
   ]
   merged = pj.merge(base, others, pj.merging.ties(density=density))
-  expected = reference.ties(
-    floats(base), [floats(x) for x in others], density
-  )
+  expected = reference.ties(floats(base), [floats(x) for x in others], density)
   check(merged, expected)
 
 
@@ -103,9 +108,7 @@ def test_density_per_contributor():
 def test_exact_k_breaks_ties_over_leaves():
   base = {"b": np.zeros(4, np.float32), "a": np.zeros(3, np.float32)}
   tuned = jax.tree.map(np.ones_like, base)
-  method = pj.chain(
-    pj.trim(density=5 / 7, exact_k=True), pj.merging.mean()
-  )
+  method = pj.chain(pj.trim(density=5 / 7, exact_k=True), pj.merging.mean())
   merged = pj.merge(base, [tuned], method)
   assert merged["a"].tolist() == [1, 1, 1]
   assert merged["b"].tolist() == [1, 1, 0, 0]

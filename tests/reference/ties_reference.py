@@ -47,9 +47,9 @@ def trimmed(deltas, density, scope, exact=False):
       vector = keep(vector, int(density * len(vector)))
       result.append(unflat(vector, delta))
     else:
-      result.append([
-        keep(x.ravel(), int(density * x.size)).reshape(x.shape) for x in delta
-      ])
+      result.append(
+        [keep(x.ravel(), int(density * x.size)).reshape(x.shape) for x in delta]
+      )
   return result
 
 
@@ -67,24 +67,35 @@ def elected(vectors, frequency=False, zero="majority"):
 
 def disjoint_mean(vectors, sign, weights):
   """Mean of the entries whose sign was elected; a sign of 0 takes minus."""
-  selected = np.where(sign > 0, vectors * (vectors > 0), vectors * (vectors < 0))
+  selected = np.where(
+    sign > 0, vectors * (vectors > 0), vectors * (vectors < 0)
+  )
   mass = ((selected != 0) * weights[:, None]).sum(0)
   total = (selected * weights[:, None]).sum(0)
   return np.where(mass != 0, total / np.where(mass != 0, mass, 1), 0)
 
 
 def ties(
-  base, models, density, *, scale=1.0, scope="tree", weights=None,
-  frequency=False, flavour="paper",
+  base,
+  models,
+  density,
+  *,
+  scale=1.0,
+  scope="tree",
+  weights=None,
+  frequency=False,
+  flavour="paper",
 ):
   """The merged leaves, float32."""
   origin = flat(base)
   deltas = [unflat(flat(m) - origin, base) for m in models]
-  w = np.ones(len(models), np.float32) if weights is None else np.float32(weights)
+  w = (
+    np.ones(len(models), np.float32) if weights is None else np.float32(weights)
+  )
   mergekit = flavour == "mergekit"
-  vectors = np.stack([
-    flat(d) for d in trimmed(deltas, density, scope, exact=mergekit)
-  ])
+  vectors = np.stack(
+    [flat(d) for d in trimmed(deltas, density, scope, exact=mergekit)]
+  )
   if mergekit:
     heavy = vectors * w[:, None]
     sign = elected(heavy, frequency, "positive")

@@ -1,0 +1,179 @@
+"""The transform protocol: specs, chains, and steps of one's own."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import patchjax as pj
+from patchjax.patches import Step, Transform, register_step, transform
+from patchjax.trees.errors import FormatError, SelectionError
+
+
+def halved(leaf, deltas, base, state, shared, *, sign):
+  del leaf, base, shared
+  return tuple(sign * d * jnp.float32(state["factor"]) for d in deltas)
+
+
+HALVE = register_step(Step("test_halve", halved))
+
+
+def norm_start(state, shapes, k):
+  del state, shapes
+  return np.zeros(k, np.float32)
+
+
+def norm_reduce(leaf, deltas, state, carry):
+  del leaf, state, carry
+  return jnp.stack([jnp.sum(jnp.square(d)) for d in deltas])
+
+
+def norm_finish(total, carry):
+  del carry
+  return jnp.sqrt(total), jnp.asarray(True)
+
+
+def unit(leaf, deltas, base, state, norms):
+  del leaf, base, state
+  return tuple(d / norms[i] for i, d in enumerate(deltas))
+
+
+UNIT = register_step(
+  Step(
+    "test_unit", unit, start=norm_start, reduce=norm_reduce, finish=norm_finish
+  )
+)
+
+
+def noise_init(numbers, shapes):
+  assert {s.shape for s in shapes.values()} <= {(2,), (3,)}
+  return {"key": numbers["key"]}
+
+
+def noise(leaf, deltas, base, state, shared):
+  del base, shared
+  key = state["key"]
+  for word in (leaf.identity[0], leaf.identity[1]):
+    key = jax.random.fold_in(key, word)
+  return tuple(jax.random.normal(key, d.shape, d.dtype) for d in deltas)
+
+
+NOISE = register_step(Step("test_noise", noise, init=noise_init))
+
+
+def halve(factor, sign=1):
+  return Transform.of(HALVE, {"factor": factor}, sign=sign)
+
+
+def trees():
+  base = {"a": np.zeros(2, np.float32), "b": np.zeros(3, np.float32)}
+  one = {"a": np.float32([3, 0]), "b": np.float32([0, 4, 0])}
+  two = {"a": np.float32([0, 2]), "b": np.float32([0, 0, 0])}
+  return base, [one, two]
+
+
+def test_own_step_in_a_chain():
+  base, others = trees()
+  method = pj.chain(halve(0.5, sign=-1), pj.merging.mean())
+  merged = pj.merge(base, others, method)
+  assert merged["a"].tolist() == [-0.75, -0.5]
+
+
+@pytest.mark.parametrize("run", [pj.merge, jax.jit(pj.merge)])
+def test_own_counting_step(run):
+  base, others = trees()
+  method = pj.chain(Transform.of(UNIT, {}), pj.merging.weighted_sum())
+  merged = run(base, others, method)
+  np.testing.assert_allclose(merged["a"], [0.6, 1.0], rtol=1e-6)
+  np.testing.assert_allclose(merged["b"], [0, 0.8, 0], rtol=1e-6)
+  # The norm is taken after the steps before it, so a factor cancels.
+  again = run(base, others, pj.chain(halve(7.0), method))
+  np.testing.assert_allclose(again["b"], [0, 0.8, 0], rtol=1e-6)
+
+
+def test_random_step_depends_on_names_alone():
+  base, others = trees()
+  method = pj.chain(
+    Transform.of(NOISE, {"key": jax.random.key(0)}), pj.merging.mean()
+  )
+  both = pj.merge(base, others, method)
+  alone = pj.merge({"b": base["b"]}, [{"b": x["b"]} for x in others], method)
+  assert (both["b"] == alone["b"]).all()
+  jitted = jax.jit(pj.merge)(base, others, method)
+  assert (both["b"] == jitted["b"]).all()
+
+
+def test_spec_and_numbers_rebuild_and_store():
+  method = pj.merging.ties(density=0.3, scale=0.5, weights=[1.0, 2.0])
+  stored = json.loads(json.dumps(method.spec))
+  numbers = json.loads(
+    json.dumps(
+      [
+        {k: np.asarray(v).tolist() for k, v in n.items()}
+        for n in method.numbers
+      ]
+    )
+  )
+  numbers = [
+    {k: np.float32(v) if isinstance(v, list) else v for k, v in n.items()}
+    for n in numbers
+  ]
+  again = pj.from_spec(stored, numbers)
+  assert again.spec == method.spec and hash(again.spec) == hash(method.spec)
+  base, others = trees()
+  assert (
+    pj.merge(base, others, again)["b"] == pj.merge(base, others, method)["b"]
+  ).all()
+  with pytest.raises(FormatError, match="unknown step 'nope'"):
+    pj.from_spec(("nope", ()), {})
+  with pytest.raises(FormatError, match="as many dicts"):
+    pj.from_spec(method.spec, [{}])
+
+
+def test_is_a_pytree_of_its_numbers():
+  method = pj.merging.ties(density=0.3, scale=0.5)
+  assert sorted(jax.tree.leaves(method)) == [0.3, 0.5]
+  doubled = jax.tree.map(lambda x: 2 * x, method)
+  assert doubled.numbers[0] == {"density": 0.6}
+  assert doubled.spec == method.spec
+
+
+def test_chain_is_flat_and_checks():
+  inner = pj.chain(pj.trim(density=0.5), pj.merging.mean())
+  assert len(pj.chain(inner, pj.merging.scale(2.0)).stages) == 3
+  with pytest.raises(ValueError, match="at least one"):
+    pj.chain()
+  with pytest.raises(ValueError, match="go together"):
+    Step("half", halved, reduce=norm_reduce)
+
+
+def test_names_of_steps_are_not_taken_over():
+  other = Step("trim", halved)
+  with pytest.raises(ValueError, match="already registered"):
+    register_step(other)
+  assert register_step(HALVE) is HALVE
+
+
+def test_init_gives_float32_arrays():
+  state = pj.merging.ties(density=0.3).init({"w": np.zeros(3)})
+  assert state[0]["density"].dtype == jnp.float32
+  assert len(state) == 4
+
+
+def test_per_contributor():
+  assert transform.per_contributor(2.0, 3) == (2.0, 2.0, 2.0)
+  with pytest.raises(SelectionError, match="one number or 3"):
+    transform.per_contributor(np.zeros(2), 3)
+
+
+def test_own_reducing_step_may_use_the_base():
+  def shrink(leaf, deltas, base, state, shared):
+    del leaf, state, shared
+    return deltas[0] - base * jnp.float32(0.5)
+
+  step = register_step(Step("test_shrink", shrink, reducing=True))
+  base = {"w": jnp.bfloat16([2, 4])}
+  merged = pj.merge(base, [base | {"w": base["w"] + 1}], Transform.of(step, {}))
+  assert merged["w"].dtype == jnp.bfloat16 and merged["w"].tolist() == [2, 3]
