@@ -16,8 +16,10 @@ from patchjax.patches.deltas import AnyDelta, Delete, Delta, Insert, Rename
 from patchjax.patches.meshes import number_on_mesh
 from patchjax.patches.patch import Patch, Structure, kind_of
 from patchjax.trees.check import check_named
+from patchjax.trees.dtypes import is_traced, is_wide
 from patchjax.trees.errors import (
   BaseMismatchError,
+  DtypeError,
   LawError,
   MismatchError,
   StructureError,
@@ -97,7 +99,12 @@ def multiply(patch: Patch, number: Any) -> Patch:
 
 
 def _scaled(code: Any, number: Any) -> Any:
-  def times(x: Any) -> jax.Array:
+  def times(x: Any) -> Any:
+    if np.iscomplexobj(number) and not np.iscomplexobj(x):
+      raise LawError(f"a complex factor of {x.dtype} numbers; give a real one")
+    if is_wide(x) and not is_traced(number):
+      return np.asarray(x) * x.dtype.type(number)
+    _narrow(x)
     x = jnp.asarray(x)
     return x * jnp.asarray(number).astype(x.dtype)
 
@@ -109,6 +116,14 @@ def _scaled(code: Any, number: Any) -> Any:
     case LowRank(scale=scale):
       return dataclasses.replace(code, scale=times(scale))
   return dataclasses.replace(code, values=times(code.values))
+
+
+def _narrow(x: Any) -> None:
+  if is_wide(x):
+    raise DtypeError(
+      f"{x.dtype} numbers of a patch cannot be traced while JAX narrows them "
+      "to 32 bits; set jax_enable_x64"
+    )
 
 
 def _all_additive(patch: Patch, what: str) -> None:
@@ -197,6 +212,7 @@ def stack(patches: Sequence[Patch]) -> Patch:
   Raises:
     MismatchError: if they differ in more than their numbers.
     LawError: if a patch is structural.
+    DtypeError: if JAX would narrow its 64-bit numbers.
 
   Example:
     >>> import jax, numpy as np, patchjax as pj
@@ -239,6 +255,8 @@ def stack(patches: Sequence[Patch]) -> Patch:
         f"patch {i} differs from patch 0 in shapes, ranks, block sizes or "
         "the structure of its base, so they cannot be stacked"
       )
+  for x in jax.tree.leaves(padded[0]):
+    _narrow(x)
   return jax.tree.map(lambda *xs: jnp.stack(xs), *padded)
 
 
@@ -262,8 +280,14 @@ def _padded(delta: AnyDelta, count: int) -> AnyDelta:
 
   values = code.values
   if isinstance(values, Quantized):
+    step, scales = values.block[0], values.scales
+    if scales.shape[0] > 1:
+      blocks = -(-count // step) - scales.shape[0]
+      scales = jnp.pad(scales, (0, blocks))
+    else:
+      step = max(step, count)
     values = dataclasses.replace(
-      values, words=pad(values.words), block=(max(values.block[0], count),)
+      values, words=pad(values.words), scales=scales, block=(step,)
     )
   else:
     values = pad(values)

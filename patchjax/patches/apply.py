@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from patchjax.patches import laws, pinned
+from patchjax.patches.checks import check_deltas
 from patchjax.patches.deltas import AnyDelta, Delete, Delta, Insert, Rename
 from patchjax.patches.meshes import on_leaf_mesh
 from patchjax.patches.patch import Patch, Structure
@@ -75,25 +76,25 @@ def apply(
     [1.0, 4.0]
   """
   named, treedef = flatten(base)
-  deltas = _check(named, patch, patch.structure, missing, extra, "the base")
-  changed = {
-    name: _numeric(name, leaf, deltas[name], dtype, donate)
-    if isinstance(deltas.get(name), Delta)
-    else leaf
-    for name, leaf in named.items()
-  }
-  if not any(not isinstance(delta, Delta) for delta in deltas.values()):
-    return jax.tree.unflatten(treedef, changed.values())
-  for name, delta in deltas.items():
-    match delta:
-      case Delete():
-        del changed[name]
+  arrays = _check(named, patch.structure, missing, extra, "the base")
+  deltas = patch.deltas
+  if missing == "keep":
+    deltas = {n: d for n, d in deltas.items() if n in arrays or _is_new(d)}
+  check_deltas(arrays, deltas)
+  changed = {}
+  for name, leaf in named.items():
+    match deltas.get(name):
+      case None:
+        changed[name] = leaf
+      case Delta() as delta:
+        changed[name] = _numeric(name, leaf, delta, dtype, donate)
       case Rename(to=to):
-        _put(changed, to, changed.pop(name))
-      case Insert(value=value, axis=None):
-        _put(changed, name, value)
+        changed[to] = leaf
       case Insert(value=value, axis=int() as axis):
-        changed[name] = _grow(changed[name], value, axis)
+        changed[name] = _grow(leaf, value, axis)
+  if all(isinstance(delta, Delta) for delta in deltas.values()):
+    return jax.tree.unflatten(treedef, changed.values())
+  changed |= {n: d.value for n, d in deltas.items() if _is_new(d)}
   return _rebuild(base, changed, like)
 
 
@@ -140,20 +141,34 @@ def revert(
       "reverted; make it with `diff(old, new, exact=True)`, or check the "
       "old value out of its history"
     )
-  deltas = _check(named, patch, patch.result(), "error", "error", "the value")
-  changed = dict(named)
-  for name, delta in deltas.items():
-    match delta:
-      case Delta():
-        changed[name] = _numeric(name, named[name], delta, None, donate, True)
-      case Rename(to=to):
-        _put(changed, name, changed.pop(to))
+  arrays = _check(named, patch.result(), "error", "error", "the value")
+  # What was renamed goes by its new name, and by its old one afterwards.
+  old = {d.to: n for n, d in patch.deltas.items() if isinstance(d, Rename)}
+  numeric = {n: d for n, d in patch.deltas.items() if isinstance(d, Delta)}
+  absent = [
+    n for n in patch.deltas if n not in arrays and n not in old.values()
+  ]
+  absent += [n for n in old if n not in arrays]
+  if absent:
+    raise MismatchError(
+      f"the value lacks leaves that the patch gives: {', '.join(absent)}"
+    )
+  check_deltas(arrays, numeric)
+  changed = {}
+  for name, leaf in named.items():
+    if name in old:
+      changed[old[name]] = leaf
+      continue
+    match patch.deltas.get(name):
+      case Delta() as delta:
+        changed[name] = _numeric(name, leaf, delta, None, donate, True)
       case Insert(axis=None):
-        del changed[name]
+        pass
       case Insert(value=value, axis=int() as axis):
-        leaf = changed[name]
         keep = leaf.shape[axis] - value.shape[axis]
         changed[name] = jax.lax.slice_in_dim(leaf, 0, keep, axis=axis)
+      case _:
+        changed[name] = leaf
   if not patch.structural:
     return jax.tree.unflatten(treedef, changed.values())
   return _rebuild(params, changed, like)
@@ -178,7 +193,7 @@ def check_base(base: Any, patch: Patch) -> None:
     >>> pj.check_base(base, patch.replace(base=pj.trees.tree_id(base)))
   """
   named = named_leaves(base)
-  _check(named, patch, patch.structure, "error", "error", "the base")
+  _check(named, patch.structure, "error", "error", "the base")
   if patch.base is None:
     raise BaseMismatchError(
       "the patch does not say for which value it was made; save it with "
@@ -195,46 +210,33 @@ def check_base(base: Any, patch: Patch) -> None:
 
 def _check(
   named: dict[str, Any],
-  patch: Patch,
   structure: Structure | None,
   missing: Literal["error", "keep"],
   extra: Literal["error", "ignore"],
   what: str,
-) -> dict[str, AnyDelta]:
-  """Checks names, shapes and dtypes; returns the deltas to be done."""
+) -> dict[str, Any]:
+  """Checks names, shapes and dtypes; returns the leaves that are arrays."""
   arrays = {name: leaf for name, leaf in named.items() if is_array(leaf)}
-  if structure is not None:
-    # The digests agree nearly always; the table is for the message.
-    if structure != Structure.of(arrays):
-      check_named(
-        structure.leaves, arrays, missing=missing, extra=extra, what=what
-      )
-  wanted = {
-    name: delta
-    for name, delta in patch.deltas.items()
-    if not (isinstance(delta, Insert) and delta.axis is None)
-  }
-  absent = [name for name in wanted if name not in arrays]
-  if structure is None and absent and missing == "error":
-    raise MismatchError(
-      f"{what} lacks leaves that the patch changes:\n"
-      + "\n".join(f" - {name}" for name in absent)
-      + '\nto mend it: patch.rename(rules); or missing="keep"'
+  # The digests agree nearly always; the table is for the message.
+  if structure is not None and structure != Structure.of(arrays):
+    check_named(
+      structure.leaves, arrays, missing=missing, extra=extra, what=what
     )
-  if structure is None or missing == "keep":
-    return {n: d for n, d in patch.deltas.items() if n not in absent}
-  return patch.deltas
+  return arrays
+
+
+def _is_new(delta: AnyDelta) -> bool:
+  return isinstance(delta, Insert) and delta.axis is None
 
 
 def _numeric(
   name: str,
   leaf: Any,
-  delta: AnyDelta,
+  delta: Delta,
   dtype: Any,
   donate: bool,
   undo: bool = False,
 ) -> Any:
-  assert isinstance(delta, Delta)
   if is_wide(leaf):
     return _wide(name, leaf, delta, dtype, undo)
   if dtype is not None and not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -288,15 +290,6 @@ def _wide(name: str, leaf: Any, delta: Delta, dtype: Any, undo: bool) -> Any:
   return out if dtype is None else np.asarray(out).astype(dtype)
 
 
-def _put(named: dict[str, Any], name: str, leaf: Any) -> None:
-  if name in named:
-    raise MismatchError(
-      f"the patch puts a leaf at {name!r}, where the base already has one; "
-      "delete or rename that one first, or change the patch's name"
-    )
-  named[name] = leaf
-
-
 def _grow(leaf: Any, rows: Any, axis: int) -> Any:
   def concatenate(leaf, rows):
     return jnp.concatenate([jnp.asarray(leaf), jnp.asarray(rows)], axis=axis)
@@ -326,14 +319,15 @@ def _containers(old: Any, leaves: dict[Any, Any], path: Any) -> Any:
     return leaves[path]
   parts = dict.fromkeys(p[len(path)] for p in leaves if p[: len(path)] == path)
   if type(old) is list:
-    if list(parts) != [str(i) for i in range(len(parts))]:
+    wanted = [str(i) for i in range(len(parts))]
+    if set(parts) != set(wanted):
       raise StructureError(
         f"the patch leaves a gap in the list at {'/'.join(path) or 'the top'}"
         f": items {', '.join(parts)}; pass like= with the wanted structure"
       )
     return [
       _containers(old[i] if i < len(old) else None, leaves, (*path, part))
-      for i, part in enumerate(parts)
+      for i, part in enumerate(wanted)
     ]
   if old is not None and type(old) is not dict:
     raise StructureError(

@@ -104,7 +104,10 @@ class Sparse:
     return _cast(self.values, dtype)
 
   def positions(self) -> tuple[jax.Array, ...]:
-    """Returns the indices as one int32 array an axis of the leaf."""
+    """Returns the indices as one int32 array an axis of the leaf.
+
+    A leaf without axes counts as one of shape `[1]`.
+    """
     return unravel(self.indices, self.shape)
 
   def dense(self, dtype: Any = None, fill: float = 0) -> jax.Array:
@@ -115,8 +118,10 @@ class Sparse:
       fill: the number of the entries that are not held.
     """
     entries = self.entries(dtype)
-    full = jnp.full((*self.shape, *entries.shape[1:]), fill, entries.dtype)
-    return full.at[self.positions()].set(entries, **SCATTER)
+    shape = (*(self.shape or (1,)), *entries.shape[1:])
+    full = jnp.full(shape, fill, entries.dtype)
+    full = full.at[self.positions()].set(entries, **SCATTER)
+    return full if self.shape else full[0]
 
 
 @jax.tree_util.register_dataclass
@@ -225,6 +230,24 @@ CODES: dict[str, type] = {
   code.__name__: code for code in (Dense, Sparse, LowRank, Quantized)
 }
 
+
+def number_dtype(code: Code) -> Any:
+  """Returns the dtype of the numbers that a code holds.
+
+  Args:
+    code: any code.
+
+  Example:
+    >>> number_dtype(Quantized(np.int8([1]), np.float16([2]), 8, (1,))).name
+    'float16'
+  """
+  match code:
+    case LowRank(a=array) | Quantized(scales=array) | Dense(values=array):
+      return array.dtype
+    case Sparse(values=values):
+      return getattr(values, "scales", values).dtype
+
+
 # Positions are sorted and differ; padding lies past the end and is dropped.
 SCATTER: dict[str, Any] = {
   "mode": "drop",
@@ -296,4 +319,4 @@ def unravel(indices: Array, shape: Sequence[int]) -> tuple[Array, ...]:
     size = indices.dtype.type(max(size, 1))
     axes.append(indices % size)
     indices = indices // size
-  return (indices, *reversed(axes)) if shape else ()
+  return (indices, *reversed(axes))

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from patchjax.patches import laws
-from patchjax.patches.codes import Dense, LowRank, Sparse
+from patchjax.patches import laws, pinned
+from patchjax.patches.codes import Dense, LowRank, Sparse, number_dtype
 from patchjax.patches.deltas import AnyDelta, Delete, Delta, Insert, Rename
 from patchjax.patches.meshes import on_leaf_mesh
 from patchjax.patches.patch import Patch, kind_of
 from patchjax.trees.check import check_named
-from patchjax.trees.dtypes import is_traced, widened
+from patchjax.trees.dtypes import is_traced, is_wide, widened
 from patchjax.trees.errors import LawError
 
 
@@ -63,11 +63,21 @@ def compose(first: Patch, second: Patch) -> Patch:
       continue
     if isinstance(joined, tuple):
       name, joined = joined
-    deltas[name] = joined
+    _put(deltas, name, joined)
   for name, delta in second.deltas.items():
     if name not in done:
-      deltas[name] = delta
+      _put(deltas, name, delta)
   return first.replace(deltas)
+
+
+def _put(deltas: dict[str, AnyDelta], name: str, delta: AnyDelta) -> None:
+  if name in deltas:
+    raise LawError(
+      f"{name}: the old leaf goes ({kind_of(deltas[name])}) and another takes "
+      f"its name ({kind_of(delta)}), which is more than one delta can hold; "
+      "apply the patches one after the other"
+    )
+  deltas[name] = delta
 
 
 def _join(name: str, first: AnyDelta, second: AnyDelta) -> Any:
@@ -112,6 +122,9 @@ def join(name: str, first: Delta, second: Delta) -> Delta:
       "delta; apply the patches one after the other"
     )
   law = laws.LAWS[first.law]
+  if any(is_wide(leaf) for leaf in jax.tree.leaves((p, q))):
+    # JAX would narrow these; numpy does not.
+    return _join_wide(first, second)
   if isinstance(p, LowRank) and isinstance(q, LowRank) and p.batch == q.batch:
     if first.law == "add" and p.shape == q.shape:
       return Delta(_side_by_side(p, q), "add")
@@ -125,7 +138,10 @@ def join(name: str, first: Delta, second: Delta) -> Delta:
       )
     old = jnp.broadcast_to(p.dense(), q.shape)
     return Delta(Dense(laws.act(old, second)), "set")
-  dtype = None if first.law == "bits" else jnp.float32
+  dtype = None
+  if first.law != "bits":
+    types = [widened(number_dtype(code)) for code in (p, q)]
+    dtype = np.result_type(*types)
 
   def combine(p, q):
     old, new = (_whole(c, law.identity, dtype) for c in (p, q))
@@ -140,6 +156,27 @@ def _whole(code: Any, identity: Any, dtype: Any) -> jax.Array:
   if isinstance(code, Sparse):
     return code.dense(dtype, fill=identity)
   return code.dense(dtype)
+
+
+def _join_wide(first: Delta, second: Delta) -> Delta:
+  """What `join` does, on the host."""
+  p, q = first.code, second.code
+  law = laws.LAWS[first.law]
+  if isinstance(p, Sparse) and isinstance(q, Sparse):
+    return Delta(_union(p, q, first.law), first.law)
+  if first.law == "set":
+    old = np.broadcast_to(pinned.numbers(p), q.shape)
+    return Delta(Dense(pinned.apply_host(old, second)), "set")
+  dtype = np.result_type(number_dtype(p), number_dtype(q))
+  parts = []
+  for code in (p, q):
+    if isinstance(code, Sparse):
+      shape = (*code.shape, *code.values.shape[1:])
+      empty = np.full(shape, law.identity, dtype)
+      parts.append(pinned.apply_host(empty, Delta(code, "set")))
+    else:
+      parts.append(pinned.numbers(code, dtype))
+  return Delta(Dense(law.join(*parts)), first.law)
 
 
 def _concrete(*codes: Any) -> bool:
@@ -181,7 +218,7 @@ def _union(p: Sparse, q: Sparse, law: str) -> Sparse:
 
 def _held(code: Sparse) -> tuple[np.ndarray, np.ndarray]:
   """Indices and values without the padding, on the host."""
-  indices, values = np.asarray(code.indices), np.asarray(code.entries())
+  indices, values = np.asarray(code.indices), pinned.numbers(code.values)
   keep = (indices if indices.ndim == 1 else indices[:, 0]) < code.end
   return indices[keep], values[keep]
 

@@ -24,13 +24,14 @@ import numpy as np
 import safetensors
 
 from patchjax.patches import storage
+from patchjax.patches.checks import check_deltas, misfit
 from patchjax.patches.codes import CODES, Quantized, Sparse
 from patchjax.patches.deltas import AnyDelta, Delete, Delta, Insert, Rename
 from patchjax.patches.laws import LAWS
 from patchjax.patches.patch import Patch, Structure
 from patchjax.trees import dtypes
 from patchjax.trees.digest import Entry, canonical_json, tree_id, words_digest
-from patchjax.trees.errors import FormatError, PatchjaxError
+from patchjax.trees.errors import FormatError, MismatchError, PatchjaxError
 from patchjax.trees.names import split
 
 FORMAT = "patchjax.patch"
@@ -51,7 +52,8 @@ def save(
       that `check_base` can tell a wrong base. By default `patch.base`.
 
   Raises:
-    MismatchError: if `base` has not the structure of the patch's base.
+    MismatchError: if `base` has not the structure of the patch's base, or
+      deltas do not fit it.
     OSError: if the file cannot be written; an older one is then still there.
 
   Example:
@@ -84,6 +86,7 @@ def dumps(patch: Patch, *, base: Any = None) -> list[bytes | memoryview]:
 
     digest = tree_id(base)
     check_base(base, patch.replace(base=digest))
+  _check_sound(patch)
   arrays: dict[str, np.ndarray] = {}
   deltas = {
     name: _spell(name, delta, arrays)
@@ -128,6 +131,34 @@ def dumps(patch: Patch, *, base: Any = None) -> list[bytes | memoryview]:
   return [len(text).to_bytes(8, "little"), text, *body]
 
 
+def _check_sound(patch: Patch) -> None:
+  """Refuses what `load` would refuse: better now than by who gets the file."""
+  bad = [
+    f"  {name}: {why}"
+    for name, delta in patch.deltas.items()
+    if (why := misfit(delta, None) or _disorder(delta))
+  ]
+  if bad:
+    raise MismatchError(
+      f"{len(bad)} deltas cannot be saved (patches that were stacked for vmap "
+      "are saved one by one):\n" + "\n".join(bad)
+    )
+  if patch.structure is not None:
+    check_deltas(patch.structure.leaves, patch.deltas)
+
+
+def _disorder(delta: AnyDelta) -> str | None:
+  """Why the positions of sparse entries are none."""
+  if not (isinstance(delta, Delta) and isinstance(delta.code, Sparse)):
+    return None
+  indices = np.asarray(delta.code.indices)
+  if indices.ndim == 2:
+    indices = indices[:, 0].astype(np.int64) << 32 | indices[:, 1]
+  if len(indices) and (indices[0] < 0 or (np.diff(indices) <= 0).any()):
+    return "indices must be sorted, different and not negative"
+  return None
+
+
 def _tensor(dtype: str, shape: Any, start: int, size: int) -> dict[str, Any]:
   return {
     "dtype": dtype,
@@ -140,11 +171,13 @@ def _spell(
   name: str, delta: AnyDelta, arrays: dict[str, np.ndarray]
 ) -> dict[str, Any]:
   """A delta in JSON; its arrays go into `arrays`."""
+  # Doubled, so that no leaf's name looks like a field of another leaf.
+  where = name.replace("#", "##")
   match delta:
     case Delta(law=law, code=code):
-      return {"law": law, "code": _spell_code(name, code, arrays)}
+      return {"law": law, "code": _spell_code(where, code, arrays)}
     case Insert(value=value, axis=axis):
-      array = _put(f"{name}#value", value, arrays)
+      array = _put(f"{where}#value", value, arrays)
       return {"delta": "insert", "value": array, "axis": axis}
     case Rename(to=to):
       return {"delta": "rename", "to": to}
@@ -275,12 +308,20 @@ def load(path: str | os.PathLike[str]) -> Patch:
     raise FormatError(f"{path}: the header was edited: its digest is wrong")
   try:
     return _Reader(path, header, body).patch(json.loads(spelled))
-  except PatchjaxError:
+  except FormatError:
     raise
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
+  except PatchjaxError as error:
+    raise FormatError(f"{path}: {error}") from error
+  except (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RecursionError,
+  ) as e:
     raise FormatError(
-      f"{path}: the header does not describe a patch: {error!r}"
-    ) from error
+      f"{path}: the header does not describe a patch: {e!r:.200}"
+    ) from e
 
 
 def is_patch_file(path: str | os.PathLike[str]) -> bool:
@@ -314,23 +355,28 @@ class _Reader:
     deltas = {}
     for name, item in spelled["deltas"].items():
       split(name)
-      deltas[name] = self._delta(name, item, structure)
-    return Patch(deltas, structure, base=spelled["base"])
+      name.encode()  # half a surrogate pair is no text
+      deltas[name] = self._delta(name, item)
+    base = spelled["base"]
+    if not (base is None or isinstance(base, str)):
+      raise FormatError(f"{self.path}: expected a digest, found base {base!r}")
+    if structure is not None:
+      check_deltas(structure.leaves, deltas)
+    return Patch(deltas, structure, base=base)
 
-  def _delta(
-    self, name: str, item: Mapping[str, Any], structure: Structure | None
-  ) -> AnyDelta:
+  def _delta(self, name: str, item: Mapping[str, Any]) -> AnyDelta:
     match item:
-      case {"delta": "insert", "value": value, "axis": axis}:
+      case {"delta": "insert", "value": value, "axis": int() | None as axis}:
         return Insert(self._array(value), axis)
-      case {"delta": "rename", "to": to}:
+      case {"delta": "rename", "to": str(to)}:
+        split(to)
         return Rename(to)
       case {"delta": "delete"}:
         return Delete()
       case {"law": law, "code": code} if law in LAWS:
         delta = Delta(self._code(code), law)
-        if structure is not None:
-          self._check_shape(name, delta, structure)
+        if why := misfit(delta, None) or _disorder(delta):
+          raise FormatError(f"{self.path}: {name}: {why}")
         return delta
     raise FormatError(f"{self.path}: {name}: unknown delta {item}")
 
@@ -350,10 +396,7 @@ class _Reader:
         fields[field.name] = self._code(value)
       else:
         fields[field.name] = self._array(value)
-    code = kind(**fields)
-    if isinstance(code, Sparse):
-      self._check_sparse(item["indices"]["array"], code)
-    return code
+    return kind(**fields)
 
   def _array(self, item: Mapping[str, Any]) -> Any:
     where, dtype, shape = item["array"], item["dtype"], tuple(item["shape"])
@@ -368,43 +411,18 @@ class _Reader:
         f"{self.path}: the array {where!r} is not what was saved (its "
         "digest is wrong); get the file again"
       )
-    if "bits" in item:
-      return unpack(words, item["bits"], shape)
+    if (bits := item.get("bits")) is not None:
+      if bits not in range(1, 9) or words.size != -(
+        -math.prod(shape) * bits // 8
+      ):
+        raise FormatError(
+          f"{self.path}: {where}: {words.size} bytes for {shape} words of "
+          f"{bits} bits"
+        )
+      return unpack(words, bits, shape)
     value = dtypes.device(words, dtype)
     if np.shape(value) != shape:
       raise FormatError(
         f"{self.path}: {where}: shape {np.shape(value)}, expected {shape}"
       )
     return value
-
-  def _check_sparse(self, where: str, code: Sparse) -> None:
-    indices = np.asarray(code.indices)
-    if indices.ndim == 2:
-      indices = indices[:, 0].astype(np.int64) << 32 | indices[:, 1]
-    if len(indices) and (indices[0] < 0 or (np.diff(indices) <= 0).any()):
-      raise FormatError(
-        f"{self.path}: {where}: indices must be sorted, different and not "
-        "negative"
-      )
-    entries = code.values.shape[0]
-    if entries != len(indices):
-      raise FormatError(
-        f"{self.path}: {where}: {len(indices)} indices, but {entries} values"
-      )
-
-  def _check_shape(self, name: str, delta: Delta, structure: Structure) -> None:
-    if name not in structure.leaves:
-      raise FormatError(f"{self.path}: {name}: not among the base's leaves")
-    leaf = structure.leaves[name]
-    shape = tuple(delta.code.shape)
-    if delta.law == "bits" and not isinstance(delta.code, Sparse):
-      # A complex number or a key is several words.
-      shape = shape[: len(leaf.shape)]
-    fits = len(shape) == len(leaf.shape) and all(
-      found in (1, size) for found, size in zip(shape, leaf.shape)
-    )
-    if not fits:
-      raise FormatError(
-        f"{self.path}: {name}: delta of shape {shape} for a leaf of shape "
-        f"{leaf.shape}"
-      )

@@ -175,8 +175,11 @@ def _combine(
     return function(*shard_alike(x, full))
   at = code.positions()
   source = x if old is None else old
+  if not code.shape:
+    x, source = x[None], source[None]
   entries = function(source.at[at].get(**GATHER), code.entries(dtype))
-  return x.at[at].set(entries.astype(x.dtype), **SCATTER)
+  changed = x.at[at].set(entries.astype(x.dtype), **SCATTER)
+  return changed if code.shape else changed[0]
 
 
 def _as(x: Array, dtype: Any) -> jax.Array:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from patchjax.patches.checks import check_deltas
 from patchjax.patches.codes import (
   Dense,
   LowRank,
@@ -23,10 +24,10 @@ from patchjax.patches.codes import (
   spread,
   unravel,
 )
-from patchjax.patches.deltas import Delete, Delta, Insert, Rename
+from patchjax.patches.deltas import Delta, Insert, Rename
 from patchjax.patches.laws import LAWS, compute_dtype
 from patchjax.trees import dtypes
-from patchjax.trees.errors import DtypeError, LawError
+from patchjax.trees.errors import LawError
 
 
 def apply_host(leaf: Any, delta: Delta, *, undo: bool = False) -> Any:
@@ -56,7 +57,7 @@ def apply_host(leaf: Any, delta: Delta, *, undo: bool = False) -> Any:
   if delta.law == "bits" or dtypes.is_key(leaf):
     held, dtype = dtypes.host(leaf)
     if delta.law == "set":
-      return dtypes.device(dtypes.host(_numbers(delta.code, None))[0], dtype)
+      return dtypes.device(dtypes.host(numbers(delta.code, None))[0], dtype)
     changed = _combine(held, delta.code, function, None, held.dtype)
     kind = dtypes.KINDS.get(dtype)
     if kind and kind.bits < 8:
@@ -74,24 +75,30 @@ def _combine(
   # Overflow to inf and operations on NaN are IEEE results, not mistakes.
   with np.errstate(all="ignore"):
     if not isinstance(code, Sparse):
-      numbers = _numbers(code, compute)
+      held = numbers(code, compute)
       wide = x if compute is None else x.astype(compute)
-      result = function(wide, np.broadcast_to(numbers, x.shape))
+      result = function(wide, np.broadcast_to(held, x.shape))
       return np.array(result.astype(out), order="C")
     values = code.values
-    held = _numbers(values, compute)
+    held = numbers(values, compute)
     indices = np.asarray(code.indices)
     inside = (indices if indices.ndim == 1 else indices[:, 0]) < code.end
     at = tuple(axis[inside] for axis in unravel(indices, code.shape))
     changed = np.array(x, order="C")
-    old = x[at]
+    rows = changed if code.shape else changed[None]
+    old = rows[at]
     old = old if compute is None else old.astype(compute)
-    changed[at] = function(old, held[inside]).astype(out)
+    rows[at] = function(old, held[inside]).astype(out)
     return changed
 
 
-def _numbers(code: Any, dtype: Any) -> np.ndarray:
-  """The numbers of a code that is not sparse, on the host."""
+def numbers(code: Any, dtype: Any = None) -> np.ndarray:
+  """Returns the numbers of a code that is not sparse, on the host.
+
+  Args:
+    code: `Dense`, `LowRank` or `Quantized`, or an array as it is.
+    dtype: dtype of the result, by default that of the numbers.
+  """
   match code:
     case Dense(values=values):
       if dtypes.is_key(values):
@@ -138,12 +145,17 @@ def apply_named(named: Mapping[str, Any], patch: Any) -> dict[str, Any]:
   after the numeric ones, as in `patchjax.apply`.
 
   Args:
-    named: `{text name: leaf}` of the base.
-    patch: a `Patch` that fits it; check that first.
+    named: `{text name: leaf}` of the base; an `Entry` may stand for a leaf
+      that the patch does not touch.
+    patch: a `Patch`; whether it was made for this value is not checked.
 
   Returns:
     `{text name: leaf}`, renamed leaves in the place of the old ones.
+
+  Raises:
+    MismatchError: lists every delta that does not fit its leaf.
   """
+  check_deltas(named, patch.deltas)
   changed: dict[str, Any] = {}
   for name, leaf in named.items():
     match patch.deltas.get(name):
@@ -157,10 +169,6 @@ def apply_named(named: Mapping[str, Any], patch: Any) -> dict[str, Any]:
         )
       case Rename(to=to):
         changed[to] = leaf
-      case Delete():
-        pass
-      case other:
-        raise DtypeError(f"{name}: {other!r} is not a delta of a leaf")
   changed.update(
     (name, delta.value)
     for name, delta in patch.deltas.items()

@@ -8,9 +8,20 @@ import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.patches import Delta, Dense, Insert, LowRank, Patch, Sparse
+from patchjax.patches import (
+  Delta,
+  Dense,
+  Insert,
+  LowRank,
+  Patch,
+  Quantized,
+  Sparse,
+  pinned,
+  structure_of,
+)
 from patchjax.trees.errors import (
   BaseMismatchError,
+  DtypeError,
   LawError,
   MismatchError,
   StructureError,
@@ -227,3 +238,100 @@ class TestStructural:
     new = pj.patches.restructure(base, insert={"n": np.float32([1])})
     done = pj.apply(base, pj.compose(new, add))
     assert float(done["n"][0]) == 3
+
+  def test_leaves_may_change_places(self):
+    base = {"a": np.float32([1]), "b": np.float32([2, 2])}
+    patch = pj.patches.restructure(base, rename={"a": "b", "b": "a"})
+    found = pj.apply(base, patch)
+    assert {k: v.tolist() for k, v in found.items()} == {"b": [1], "a": [2, 2]}
+    back = pj.revert(found, patch)
+    assert back["a"].tolist() == [1] and back["b"].tolist() == [2, 2]
+    loose = patch.replace(structure=None)
+    assert pj.revert(found, loose)["a"].tolist() == [1]
+
+  def test_compose_refuses_to_lose_a_renamed_leaf(self):
+    base = {"a": np.float32([1]), "c": np.float32([2])}
+    one = pj.patches.restructure(base, rename={"a": "b"})
+    middle = pj.apply(base, one)
+    two = pj.patches.restructure(middle, insert={"a": np.float32([3])})
+    with pytest.raises(LawError, match="takes its name"):
+      pj.compose(one, two)
+
+  def test_a_leaf_below_a_leaf(self):
+    base = {"w": np.float32([1])}
+    patch = pj.patches.restructure(base, insert={"w/x": np.float32([3])})
+    with pytest.raises(StructureError, match="also holds others"):
+      pj.apply(base, patch)
+
+  def test_lists_grow_past_ten(self):
+    base = [np.float32([0])]
+    more = {str(i): np.float32([i]) for i in range(11, 0, -1)}
+    patch = pj.patches.restructure(base, insert=more)
+    assert [x.item() for x in pj.apply(base, patch)] == list(range(12))
+
+
+class TestOtherDtypes:
+  """Numbers that float32 does not hold."""
+
+  def test_compose_of_64_bits(self):
+    a, b, c = ({"w": np.float64([x, 2])} for x in (1.1, 2.3, 7.7))
+    exact = pj.compose(pj.diff(a, b, exact=True), pj.diff(b, c, exact=True))
+    assert pj.apply(a, exact)["w"].tolist() == [7.7, 2]
+    added = pj.compose(pj.diff(a, b), pj.diff(b, c)).deltas["w"].code.values
+    np.testing.assert_array_equal(
+      added, np.float64([(2.3 - 1.1) + (7.7 - 2.3), 0])
+    )
+    half = (0.5 * pj.diff(a, b)).deltas["w"].code.values
+    np.testing.assert_array_equal(half, np.float64([0.5 * (2.3 - 1.1), 0]))
+
+  def test_compose_of_sparse_64_bits(self):
+    code = Sparse(np.float64([1.1]), np.int32([1]), (2,))
+    sparse = Patch({"w": Delta(code, "add")})
+    dense = Patch({"w": Delta(Dense(np.float64([0.1, 0.2])), "add")})
+    both = pj.compose(sparse, dense).deltas["w"].code.values
+    np.testing.assert_array_equal(both, np.float64([0.1, 1.1 + 0.2]))
+    twice = pj.compose(sparse, sparse).deltas["w"].code
+    assert twice.values.tolist() == [2.2]
+
+  def test_64_bits_are_not_stacked(self):
+    patch = pj.diff({"w": np.float64([1])}, {"w": np.float64([2])})
+    with pytest.raises(DtypeError, match="jax_enable_x64"):
+      pj.stack([patch, patch])
+    with pytest.raises(DtypeError, match="jax_enable_x64"):
+      jax.jit(lambda x: x * patch)(1.0)
+
+  def test_complex_sums(self):
+    a, b, c = ({"w": np.complex64([x])} for x in (1, 2j, 5 + 1j))
+    for joined in (
+      pj.compose(pj.diff(a, b), pj.diff(b, c)),
+      pj.diff(a, b) + pj.diff(b, c),
+    ):
+      assert pj.apply(a, joined)["w"].tolist() == [5 + 1j]
+
+  def test_a_complex_factor_of_real_numbers(self):
+    a, b = ({"w": np.float32([x])} for x in (1, 2))
+    with pytest.raises(LawError, match="complex factor"):
+      _ = 1j * pj.diff(a, b)
+
+
+def test_sparse_deltas_of_a_leaf_without_axes():
+  base = {"s": np.float32(1)}
+  code = Sparse(np.float32([2, 9]), np.int32([0, 1]), ())  # one of padding
+  patch = Patch({"s": Delta(code, "add")}, structure_of(base))
+  assert pj.apply(base, patch)["s"] == pinned.apply_named(base, patch)["s"] == 3
+  assert code.dense() == 2
+
+
+def test_stack_pads_blocks_of_quantized_entries():
+  base = {"w": np.zeros(12, np.float32)}
+
+  def patch(count):
+    scales = np.arange(1, -(-count // 4) + 1, dtype=np.float32)
+    values = Quantized(np.ones(count, np.int8), scales, 8, (4,))
+    code = Sparse(values, np.arange(count, dtype=np.int32), (12,))
+    return Patch({"w": Delta(code, "add")}, structure_of(base))
+
+  patches = [patch(8), patch(10)]
+  found = jax.vmap(lambda p: pj.apply(base, p)["w"])(pj.stack(patches))
+  for row, one in zip(found, patches, strict=True):
+    np.testing.assert_array_equal(row, pj.apply(base, one)["w"])

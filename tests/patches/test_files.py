@@ -14,7 +14,7 @@ import safetensors
 from hypothesis.extra import numpy as hnp
 
 import patchjax as pj
-from patchjax.patches import Delta, Insert, Patch, Quantized, Sparse
+from patchjax.patches import Delta, Insert, Patch, Quantized
 from patchjax.patches.files import pack, unpack
 from patchjax.trees.dtypes import KINDS, from_words, to_words
 from patchjax.trees.errors import (
@@ -202,15 +202,6 @@ class TestBroken:
     path.write_text("hello, this is no tensor file at all")
     with pytest.raises(FormatError, match="not a safetensors file"):
       pj.Patch.load(path)
-
-  @pytest.mark.parametrize(
-    "indices", [[1, 0], [0, 0], [-1, 2]], ids=["order", "twice", "negative"]
-  )
-  def test_bad_indices(self, indices, tmp_path):
-    code = Sparse(np.float32([1, 2]), np.int32(indices), (4,))
-    Patch({"w": Delta(code, "add")}).save(tmp_path / "p")
-    with pytest.raises(FormatError, match="w#indices.*sorted"):
-      pj.Patch.load(tmp_path / "p")
 
   def test_missing_file(self, tmp_path):
     with pytest.raises(FileNotFoundError):
