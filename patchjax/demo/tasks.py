@@ -84,12 +84,19 @@ class Task:
   test: Texts
 
 
-def load(files: Mapping[str, pathlib.Path], *, tokens: int) -> dict[str, Task]:
+def load(
+  files: Mapping[str, pathlib.Path],
+  *,
+  tokens: int,
+  most: Mapping[str, int] | None = None,
+) -> dict[str, Task]:
   """Reads, splits and tokenizes all tasks.
 
   Args:
     files: paths as `data.fetch` gives them.
     tokens: longest text, in tokens; the rest is cut off.
+    most: how many texts of a split are wanted at most, by its name; the order
+      is that of a hash, so the first ones are a fair sample.
 
   Returns:
     Task by name.
@@ -99,7 +106,7 @@ def load(files: Mapping[str, pathlib.Path], *, tokens: int) -> dict[str, Task]:
   """
   tokenizer = _tokenizer(files["tokenizer.json"], tokens)
   return {
-    name: build(name, _read(name, files[f"{name}.tsv"]), tokenizer)
+    name: build(name, _read(name, files[f"{name}.tsv"]), tokenizer, most)
     for name in NAMES
   }
 
@@ -147,6 +154,7 @@ def build(
   name: str,
   rows: list[tuple[str, str, str]],
   tokenizer: "tokenizers.Tokenizer",
+  most: Mapping[str, int] | None = None,
 ) -> Task:
   """Splits and tokenizes the rows of one task.
 
@@ -154,6 +162,7 @@ def build(
     name: one of `NAMES`.
     rows: group, class and text of each example; repeated texts count once.
     tokenizer: pads and truncates.
+    most: as for `load`.
 
   Returns:
     The task.
@@ -191,5 +200,8 @@ def build(
     name=name,
     classes=classes,
     prompts=tokenized([(kind, _PROMPT[name].format(kind)) for kind in classes]),
-    **{split: tokenized(examples) for split, examples in splits.items()},
+    **{
+      split: tokenized(examples[: (most or {}).get(split)])
+      for split, examples in splits.items()
+    },
   )
