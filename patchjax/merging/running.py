@@ -156,7 +156,7 @@ def _shapes_of(patches: Sequence[Patch]) -> dict[str, Any]:
       for name, entry in patch.structure.leaves.items():
         shapes[name] = inputs.abstract(entry)
     for name, delta in patch.deltas.items():
-      if getattr(delta, "law", "") != "add":
+      if not isinstance(delta, Delta) or delta.law != "add":
         raise StructureError(
           f"the change of {name} is no sum, so the base is needed: "
           "combine(..., base=params)"

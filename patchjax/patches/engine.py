@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from patchjax.patches import laws, pinned, placement, selection, transform
 from patchjax.patches.codes import Dense, Sparse
@@ -151,8 +152,9 @@ def _leaf_passes(
       # Without the barrier the compiler computes the deltas once, before the
       # loop, and keeps them: memory of the leaf's size, and slower.
       held, carry = lax.optimization_barrier((held, carry))
+      base, sources, state = held
       now = (*shared[:index], carry[0], *shared[index + 1 :])
-      total = _count(stages, index, leaf, *held, now)
+      total = _count(stages, index, leaf, base, sources, state, now)
       return _finish(stages, index, total, carry[0])
 
     shared[index], _ = lax.while_loop(
@@ -202,7 +204,7 @@ def _count_bad(masks, leaf):
 
 def is_traced(*trees: Any) -> bool:
   """Returns whether any leaf is a tracer: jit, grad or vmap is running."""
-  return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(trees))
+  return any(isinstance(x, Tracer) for x in jax.tree.leaves(trees))
 
 
 def run(
@@ -249,7 +251,7 @@ def run(
     )
 
   def leaf_of(name: str, work: Work) -> placement.Leaf:
-    like = work.base
+    like: Any = work.base
     if like is None:
       source = next(s for s in work.sources if s is not None)
       like = getattr(source.code, "values", None)
@@ -409,7 +411,7 @@ def _update_jit(
   def update(base, leaf, sources, state, shared):
     return _update(stages, as_params, True, leaf, base, sources, state, shared)
 
-  options = {"donate_argnums": (0,)} if donate else {}
+  options: dict[str, Any] = {"donate_argnums": (0,)} if donate else {}
   if sharding is not None:
     options["out_shardings"] = (sharding, None)
   return jax.jit(update, **options)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from patchjax.trees.errors import SelectionError
 
@@ -131,7 +132,7 @@ def leaf_of(x: Array, order: int = 0, count: int = 1, identity=None) -> Leaf:
 
 def on_one_device(x: Array) -> bool:
   """Returns whether an array is known to lie on a single device."""
-  if isinstance(x, jax.core.Tracer):
+  if isinstance(x, Tracer):
     return False
   return not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1
 
@@ -146,7 +147,7 @@ def mesh_axes(x: Array) -> tuple[Any, Axes]:
   Args:
     x: an array or tracer.
   """
-  if isinstance(x, jax.core.Tracer):
+  if isinstance(x, Tracer):
     sharding = jax.typeof(x).sharding
     kinds = dict(
       zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)

@@ -120,7 +120,9 @@ def gathered(x: Array) -> Array:
   )
 
 
-def quantize(*, bits: int, per: Blocks = "channel") -> transform.Transform:
+def quantize(
+  *, bits: int, per: Blocks | list[int] = "channel"
+) -> transform.Transform:
   """Returns the transform that rounds deltas to a few bits; see `quantized`.
 
   Args:

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from patchjax.patches import placement
 from patchjax.trees.errors import DtypeError, SelectionError
@@ -101,7 +102,7 @@ def entries_of(density: Any, size: int) -> Array:
   if isinstance(density, int | float):
     check_density(density)
     return limbs(int(density * size))
-  if not isinstance(density, jax.core.Tracer):
+  if not isinstance(density, Tracer):
     check_density(density)
   if size >= 1 << (_LIMB + 30):
     raise SelectionError(f"cannot count {size} entries: at most 2**42 - 1")
@@ -225,12 +226,12 @@ def count_true(masks: tuple[Array, ...], *, local: bool) -> Array:
     masks = tuple(mask.reshape(1) for mask in masks)
   ones = tuple(mask.astype(jnp.int32) for mask in masks)
   # One operand alone is the slow case again: its twin costs nothing.
-  operands = ones if len(ones) > 1 else ones * 2
+  operands = ones if len(ones) > 1 else (*ones, *ones)
   partial = lax.reduce(
     operands,
     (jnp.int32(0),) * len(operands),
     lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)),
-    (operands[0].ndim - 1,),
+    (len(ones[0].shape) - 1,),
   )[: len(ones)]
   # Fused with the next sum, the reduction would run on one core.
   partial = lax.optimization_barrier(partial)

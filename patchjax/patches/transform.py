@@ -31,6 +31,11 @@ Array = Any
 Options = tuple[tuple[str, Hashable], ...]
 
 
+def _absent(*args: Any, **options: Any) -> Any:
+  """Stands for the functions of a step that does not count."""
+  raise TypeError("this step does not count")
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
   """One kind of step: module-level functions on one leaf.
@@ -61,15 +66,15 @@ class Step:
   name: str
   update: Callable[..., Any]
   init: Callable[..., Any] | None = None
-  start: Callable[..., Any] | None = None
-  reduce: Callable[..., Any] | None = None
-  finish: Callable[..., Any] | None = None
+  start: Callable[..., Any] = _absent
+  reduce: Callable[..., Any] = _absent
+  finish: Callable[..., Any] = _absent
   reducing: bool = False
   scope: Callable[..., str] | None = None
 
   def __post_init__(self):
     together = (self.start, self.reduce, self.finish)
-    if len({f is None for f in together}) > 1:
+    if len({f is _absent for f in together}) > 1:
       raise ValueError(
         f"step {self.name!r}: start, reduce and finish go together"
       )
@@ -278,7 +283,7 @@ def initial_state(method: Transform, shapes: Mapping[str, Any]) -> tuple:
 
 def scope_of(step: Step, options: Options) -> str:
   """Returns what a step counts over: "tree", "leaf", or "none"."""
-  if step.reduce is None:
+  if step.reduce is _absent:
     return "none"
   return step.scope(**dict(options)) if step.scope else "tree"
 

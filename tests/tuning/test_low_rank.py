@@ -23,7 +23,7 @@ def base():
   }
 
 
-RULES = dict(in_axes={"out": 2}, batch_axes={"layers": 1})
+RULES = {"in_axes": {"out": 2}, "batch_axes": {"layers": 1}}
 
 
 def test_shapes_follow_axes():
