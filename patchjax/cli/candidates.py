@@ -152,7 +152,8 @@ def _vet(
   from patchjax.vetting import gate, record, uses
 
   before = read_value(old)
-  after = patched(before, new) if is_patch(new) else read_value(new)
+  proposed = is_path(new) and is_patch(new)
+  after = patched(before, new) if proposed else read_value(new)
   # Two files are compared without a repository, and nobody counts.
   refs = [text for text in (new, old) if not is_path(text)]
   repo = open_repo() if refs else None

@@ -126,18 +126,38 @@ def is_path(text: str) -> bool:
 
   Args:
     text: the argument. A name with a suffix of weights is a file even where
-      it does not exist, so that the message is about the file.
+      it does not exist, so that the message is about the file. What could be
+      either is refused, as in git.
   """
-  return pathlib.Path(text).exists() or text.endswith((".safetensors", ".npz"))
+  if text.endswith((".safetensors", ".npz")):
+    return True
+  if not pathlib.Path(text).exists():
+    return False
+  if _is_ref(text):
+    raise click.UsageError(
+      f"{text!r} is a version and also a file: write ./{text} for the file, "
+      f"heads/{text} or tags/{text} for the version"
+    )
+  return True
+
+
+def _is_ref(text: str) -> bool:
+  from patchjax.trees.errors import NotARepositoryError, RefNotFoundError
+
+  try:
+    open_repo().resolve(text)
+  except (NotARepositoryError, RefNotFoundError):
+    return False
+  return True
 
 
 def is_patch(text: str) -> bool:
-  """Returns whether an argument names a patch file.
+  """Returns whether an argument names a patch file, of whatever name.
 
   Args:
     text: the argument.
   """
-  if not (text.endswith(".safetensors") and pathlib.Path(text).is_file()):
+  if not pathlib.Path(text).is_file():
     return False
   from patchjax.patches.files import is_patch_file
 

@@ -24,7 +24,7 @@ NOTES = "refs/notes"
 _NOUN = {HEADS: "branch", TAGS: "tag", NOTES: "note of commit"}
 _BAD_NAME = re.compile(
   r"^$|^[-/.]|[/.]$|//|\.\.|/\.|@\{|^@$|[\x00-\x20\x7f~^:?*\[\\]|\.lock$"
-  r"|\.__lock$|\.orbax-checkpoint-tmp"
+  r"|\.__lock(/|$)|\.orbax-checkpoint-tmp|[\ud800-\udfff]"
 )
 
 
@@ -40,12 +40,16 @@ def check_name(name: str) -> None:
   Example:
     >>> check_name("ducksville/fix-1")
   """
-  if _BAD_NAME.search(name) or len(name.encode()) > 200:
+  if not _is_name(name):
     raise RepositoryError(
       f"{name!r} cannot name a branch or tag: expected a text without "
       "spaces, '..', '~', '^', ':', '?', '*', '[', '\\', that neither "
       "starts with '-' or '.' nor starts or ends with '/' or '.'"
     )
+
+
+def _is_name(name: str) -> bool:
+  return not _BAD_NAME.search(name) and len(name.encode()) <= 200
 
 
 class Refs:
@@ -69,6 +73,8 @@ class Refs:
     Raises:
       IntegrityError: if the file does not hold an id.
     """
+    if not _is_name(name):
+      return None  # no path out of the folder either
     try:
       data = self.files.read(f"{space}/{name}")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):

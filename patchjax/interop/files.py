@@ -7,21 +7,40 @@ flat formats a key is a text name (`dense/kernel` is the leaf `kernel` in
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import pathlib
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import IO, Any
 
 import numpy as np
 
 from patchjax.patches import storage
+from patchjax.patches.files import is_patch_file
 from patchjax.trees.dtypes import KINDS, host, is_array
 from patchjax.trees.errors import DtypeError, FormatError, StructureError
 from patchjax.trees.names import join, named_leaves, nested, split
+from patchjax.trees.suggest import list_names
 
 SUFFIXES = (".safetensors", ".npz")
+
+# Bad zips, members that are encrypted or do not inflate, headers that do not
+# parse or claim more than there is.
+_NPZ_ERRORS = (
+  ArithmeticError,
+  EOFError,
+  MemoryError,
+  RuntimeError,
+  SyntaxError,
+  ValueError,
+  tokenize.TokenError,
+  zipfile.BadZipFile,
+  zlib.error,
+)
 
 
 def load_params(path: str | os.PathLike[str]) -> Any:
@@ -58,6 +77,11 @@ def load_params(path: str | os.PathLike[str]) -> Any:
     from patchjax.history import payloads
 
     params = payloads.load_tree(str(path.resolve()))
+  elif is_patch_file(path):
+    raise FormatError(
+      f"{path} is a patch, expected parameters; apply it to its base, or "
+      "commit it"
+    )
   elif path.suffix == ".npz":
     params = _nest(_read_npz(path))
   elif path.suffix == ".safetensors":
@@ -122,10 +146,11 @@ def save_params(
     from patchjax.history import payloads
 
     arrays = {name: _plain(name, leaf) for name, leaf in named.items()}
+    _check_orbax(path, arrays)
     payloads.save(str(path.resolve()), nested(arrays))
   elif path.suffix == ".npz":
     arrays = {name: _plain(name, leaf) for name, leaf in named.items()}
-    odd = [k for k, x in arrays.items() if x.dtype.kind not in "biufc"]
+    odd = [k for k, x in arrays.items() if x.dtype.isbuiltin != 1]
     if odd:
       raise DtypeError(
         f"{path}: npz has no {arrays[odd[0]].dtype} (leaf {odd[0]!r}); "
@@ -173,6 +198,10 @@ def read_safetensors(
 
 
 def _write_safetensors(file: IO[bytes], named: Mapping[str, Any]) -> None:
+  if "__metadata__" in named:
+    raise StructureError(
+      "'__metadata__' is no name for a leaf in safetensors; rename it"
+    )
   codes = {dtype: code for code, dtype in storage.CODES.items()}
   found = {name: host(leaf) for name, leaf in named.items()}
   header, end = {}, 0
@@ -198,14 +227,34 @@ def _write_safetensors(file: IO[bytes], named: Mapping[str, Any]) -> None:
     file.write(np.ascontiguousarray(found[name][0]).data)
 
 
+def _check_orbax(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Refuses what Orbax would lose in silence, or choke on."""
+  # It joins the keys of a path by dots.
+  dotted: dict[str, list[str]] = collections.defaultdict(list)
+  for name in arrays:
+    dotted[".".join(split(name))].append(name)
+  bad = [name for names in dotted.values() if len(names) > 1 for name in names]
+  why = "are one name to Orbax"
+  if not bad:
+    bad = [name for name, array in arrays.items() if not array.size]
+    why = "have no entries, which Orbax cannot hold"
+  if bad:
+    raise StructureError(
+      f"{path}: the leaves {list_names(bad)} {why}; write .safetensors"
+    )
+
+
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+  arrays = {}
   try:
-    # Opened here, since np.load leaves a file that is no zip open.
-    with open(path, "rb") as file, zipfile.ZipFile(file):
-      file.seek(0)
-      with np.load(file, allow_pickle=False) as archive:
-        arrays = {key: archive[key] for key in archive.files}
-  except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    with zipfile.ZipFile(path) as archive:
+      # np.load would take a key "x.npy" for the file of "x".
+      for member in archive.namelist():
+        with archive.open(member) as file:
+          arrays[member.removesuffix(".npy")] = np.lib.format.read_array(
+            file, allow_pickle=False
+          )
+  except _NPZ_ERRORS as error:
     raise FormatError(
       f"{path} is not a readable npz of plain arrays ({error})"
     ) from error

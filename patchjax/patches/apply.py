@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -225,7 +225,7 @@ def _check(
   return arrays
 
 
-def _is_new(delta: AnyDelta) -> bool:
+def _is_new(delta: AnyDelta) -> TypeGuard[Insert]:
   return isinstance(delta, Insert) and delta.axis is None
 
 

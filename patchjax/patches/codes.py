@@ -242,10 +242,12 @@ def number_dtype(code: Code) -> Any:
     'float16'
   """
   match code:
-    case LowRank(a=array) | Quantized(scales=array) | Dense(values=array):
+    case LowRank(a=array) | Quantized(scales=array):
       return array.dtype
-    case Sparse(values=values):
-      return getattr(values, "scales", values).dtype
+    case Sparse(values=Quantized() as values):
+      return values.scales.dtype
+  array: Any = code.values
+  return array.dtype
 
 
 # Positions are sorted and differ; padding lies past the end and is dropped.

@@ -56,9 +56,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     ['a']
   """
   path = pathlib.Path(path)
-  file = tempfile.NamedTemporaryFile(
-    dir=path.parent, prefix=f".{path.name}.", delete=False
-  )
+  try:
+    file = tempfile.NamedTemporaryFile(
+      dir=path.parent, prefix=f".{path.name[:99]}.", delete=False
+    )
+  except OSError as error:
+    # Name the file that was asked for, not one that nobody knows.
+    raise type(error)(error.errno, error.strerror, str(path)) from error
   try:
     with file:
       yield file

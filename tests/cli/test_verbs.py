@@ -126,6 +126,29 @@ def test_commit_of_a_patch_file_applies_and_keeps_it(work):
   assert "made by the patch file" in run("-C", "repo", "show")
 
 
+def test_patch_files_may_have_any_name(work):
+  shutil.copy("fix.safetensors", "0001-fix.patch")
+  shutil.copy("fix.safetensors", "fix")
+  run("-C", "repo", "apply", "main", "../fix", "-o", "../a.npz")
+  run("-C", "repo", "commit", "../0001-fix.patch", "-m", "fix")
+  assert pj.Repo.open("repo").show("main").patch is not None
+  assert trees.tree_id(interop.load_params("a.npz")) == trees.tree_id(
+    pj.Repo.open("repo").checkout("main")
+  )
+  for name in ("fix", "fix.safetensors"):
+    text = run("diff", name, "base.safetensors", code=2)
+    assert "is a patch, expected parameters" in text
+
+
+def test_what_may_be_a_version_or_a_file_is_refused(work):
+  interop.save_params("repo/duck", FID)
+  text = run("-C", "repo", "diff", "main", "duck", code=2)
+  assert "'duck' is a version and also a file" in text
+  found = run_json("-C", "repo", "diff", "heads/duck", "./duck")
+  assert found["leaves"]
+  assert not run_json("-C", "repo", "diff", "fid", "./duck")["leaves"]
+
+
 def test_a_patch_goes_on_its_own_base(work):
   text = run(
     "-C", "repo", "commit", "../fix.safetensors", "-m", "x", "-b", "fid", code=2

@@ -264,3 +264,26 @@ def test_log_imports_nothing_heavy(repo, params):
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout == "1 ['main'] {}\n"
+
+
+@pytest.mark.parametrize(
+  "name", ["../../patchjax.json", "./main", "a\0b", "x" * 300, "x\udcff", ""]
+)
+def test_no_ref_has_a_name_that_is_none(name):
+  with Repo.temporary() as repo:
+    repo.commit({"w": np.zeros(1)}, message="start")
+    with pytest.raises(errors.RepositoryError):
+      repo.branch(name)
+    with pytest.raises(errors.RefNotFoundError):
+      repo.resolve(name)
+    with pytest.raises(errors.RepositoryError):
+      repo.commit({"w": np.ones(1)}, message="more", branch=name)
+    assert list(repo.branches()) == ["main"]
+
+
+@pytest.mark.parametrize("name", ["x.__lock/y", "x.__lock", "a.lock"])
+def test_no_branch_looks_like_a_lock(name):
+  with Repo.temporary() as repo:
+    repo.commit({"w": np.zeros(1)}, message="start")
+    with pytest.raises(errors.RepositoryError, match="cannot name a branch"):
+      repo.branch(name)

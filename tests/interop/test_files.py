@@ -4,13 +4,16 @@ import json
 import os
 import pickle
 import warnings
+import zipfile
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
+import patchjax as pj
 from patchjax import trees
 from patchjax.interop import files
 from patchjax.trees import dtypes
@@ -209,3 +212,61 @@ def test_a_file_is_as_readable_as_any_other(tmp_path):
   (tmp_path / "plain").touch()
   modes = {p.stat().st_mode for p in tmp_path.iterdir()}
   assert len(modes) == 1
+
+
+def test_a_patch_is_no_parameters(tmp_path):
+  base = {"w": np.zeros(2, np.float32)}
+  pj.diff(base, base).save(tmp_path / "fix.patch", base=base)
+  with pytest.raises(FormatError, match=r"fix\.patch is a patch"):
+    files.load_params(tmp_path / "fix.patch")
+
+
+def test_npz_names_that_end_in_npy(tmp_path):
+  params = {"x": np.float32([1]), "x.npy": np.float32([2])}
+  files.save_params(tmp_path / "a.npz", params)
+  assert files.load_params(tmp_path / "a.npz")["x.npy"].tolist() == [2]
+
+
+def test_npz_that_are_broken_in_other_ways(tmp_path):
+  path = tmp_path / "a.npz"
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("README.txt", "not an array")
+  with pytest.raises(FormatError, match="not a readable npz"):
+    files.load_params(path)
+  np.savez_compressed(path, w=np.random.default_rng(0).random(1000))
+  broken = bytearray(path.read_bytes())
+  broken[200:260] = b"\xff" * 60
+  path.write_bytes(broken)
+  with pytest.raises(FormatError, match="not a readable npz"):
+    files.load_params(path)
+  head = "{'descr': '<f4', 'fortran_order': False, 'shape': (%d,), }"
+  for size in (10**15, 10**30):
+    text = (head % size).ljust(117).encode() + b"\n"
+    with zipfile.ZipFile(path, "w") as archive:
+      archive.writestr("w.npy", b"\x93NUMPY\x01\x00\x76\x00" + text + b"1234")
+    with pytest.raises(FormatError, match="not a readable npz"):
+      files.load_params(path)
+
+
+@pytest.mark.parametrize(
+  "name, params, error",
+  [
+    ("a.safetensors", {"__metadata__": np.ones(1)}, "no name for a leaf"),
+    ("a", {"a.b": np.ones(1), "a": {"b": np.zeros(1)}}, "one name to Orbax"),
+    ("a", {"z": np.ones((0, 2)), "w": np.ones(1)}, "have no entries"),
+    ("a.npz", {"w": np.ones(1, ml_dtypes.float8_e5m2)}, "npz has no float8"),
+  ],
+)
+def test_what_a_format_cannot_hold_is_not_written(
+  tmp_path, name, params, error
+):
+  with pytest.raises((StructureError, DtypeError), match=error):
+    files.save_params(tmp_path / name, params)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+  path = tmp_path / "no" / "a.safetensors"
+  with pytest.raises(FileNotFoundError) as error:
+    files.save_params(path, {"w": np.ones(1)})
+  assert error.value.filename == str(path)
