@@ -18,6 +18,7 @@ from patchjax.cli.common import (
   load_object,
   open_repo,
   patched,
+  read_text,
   read_value,
   waiting,
 )
@@ -206,9 +207,7 @@ def release(
     open_repo(),
     ref,
     suite=_suite(suite) if suite else None,
-    verdict=None
-    if verdict is None
-    else Verdict.from_json(pathlib.Path(verdict).read_text()),
+    verdict=None if verdict is None else Verdict.from_json(read_text(verdict)),
     policy=_policy(policy),
     claims=_claimed(claims),
     override=override,
@@ -291,7 +290,7 @@ def _policy(text: str | None) -> Policy | None:
   if text is None:
     return None
   if pathlib.Path(text).is_file():
-    return Policy.from_json(pathlib.Path(text).read_text())
+    return Policy.from_json(read_text(text))
   return load_object(text, Policy)
 
 

@@ -121,6 +121,20 @@ def read_value(text: str) -> Any:
     return load_params(text) if is_path(text) else open_repo().checkout(text)
 
 
+def read_text(path: str) -> str:
+  """Returns the text in a file.
+
+  Args:
+    path: the file.
+  """
+  from patchjax.trees.errors import FormatError
+
+  try:
+    return pathlib.Path(path).read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise FormatError(f"{path}: expected a text file ({error})") from error
+
+
 def is_path(text: str) -> bool:
   """Returns whether an argument names a file rather than a ref.
 

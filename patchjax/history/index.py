@@ -170,8 +170,13 @@ class Index:
   def forget(self) -> None:
     """Deletes the cache: the next search reads every index again."""
     self._memory = None
-    with contextlib.suppress(FileNotFoundError):
+    try:
       os.unlink(self.files.path(_CACHE))
+    except FileNotFoundError:
+      pass
+    except OSError:
+      # The cache of a read-only repository may be old.
+      self._memory = _in_memory()
 
   def refresh(self) -> None:
     """Reads the indices that appeared since the last time."""
@@ -204,10 +209,7 @@ class Index:
       database.executescript(_TABLES)
     except (OSError, sqlite3.OperationalError):
       # A repository on a read-only or full disk can still be read.
-      database = self._memory = sqlite3.connect(
-        ":memory:", check_same_thread=False
-      )
-      database.executescript(_TABLES)
+      database = self._memory = _in_memory()
     return database
 
   def _refresh(self, database: sqlite3.Connection) -> None:
@@ -246,3 +248,9 @@ class Index:
       database.executemany(
         "insert or replace into packs values (?)", [(pack,) for pack in new]
       )
+
+
+def _in_memory() -> sqlite3.Connection:
+  database = sqlite3.connect(":memory:", check_same_thread=False)
+  database.executescript(_TABLES)
+  return database

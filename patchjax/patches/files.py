@@ -331,7 +331,7 @@ def is_patch_file(path: str | os.PathLike[str]) -> bool:
     path: a readable file.
   """
   try:
-    with safetensors.safe_open(path, framework="numpy") as file:
+    with storage.safe_open(path) as file:
       return (file.metadata() or {}).get("format") == FORMAT
   except safetensors.SafetensorError:
     return False

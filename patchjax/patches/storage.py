@@ -78,6 +78,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     pathlib.Path(file.name).unlink(missing_ok=True)
 
 
+def safe_open(path: str | os.PathLike[str]) -> Any:
+  """Returns the reference reader of a safetensors file, opened.
+
+  Args:
+    path: the file.
+
+  Raises:
+    SafetensorError: if it is not well formed.
+    OSError: if it cannot be read.
+  """
+  with open(path, "rb"):
+    pass  # the reader says "no such file" whatever is wrong
+  return safetensors.safe_open(path, framework="numpy")
+
+
 def open_safetensors(
   path: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], np.ndarray]:
@@ -92,7 +107,7 @@ def open_safetensors(
   """
   try:
     # The reference reader refuses overlaps, holes and wrong sizes.
-    with safetensors.safe_open(path, framework="numpy"):
+    with safe_open(path):
       pass
   except safetensors.SafetensorError as error:
     raise FormatError(

@@ -395,6 +395,13 @@ def test_errors_are_one_message_on_stderr_and_exit_code_2(
   assert not (work / "x").exists() and not (work / "repo/x.pkl").exists()
 
 
+def test_evidence_must_be_text(work):
+  text = run(
+    *("-C", "repo", "release", "--verdict", "../base.safetensors"), code=2
+  )
+  assert "base.safetensors: expected a text file" in text
+
+
 def test_debug_shows_where_an_error_comes_from(work):
   result = CliRunner().invoke(patchjax, ["--debug", "log"])
   assert isinstance(result.exception, trees.PatchjaxError)

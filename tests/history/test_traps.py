@@ -1,8 +1,10 @@
 """Traps of the storage layers below, and bad input: each guarded."""
 
+import errno
 import os
 import resource
 import shutil
+import sqlite3
 import subprocess
 import sys
 
@@ -209,6 +211,26 @@ def test_a_damaged_cache_is_rebuilt(repo):
     assert np.array_equal(Repo.open(repo.path).checkout()["x"], LARGE)
   shutil.rmtree(repo.files.path("cache"))
   assert np.array_equal(Repo.open(repo.path).checkout()["x"], LARGE)
+
+
+def test_an_old_cache_that_cannot_be_written_is_no_obstacle(repo, monkeypatch):
+  # As on a disk mounted read-only; permissions do not bind the root of a CI.
+  repo.commit({"x": LARGE}, message="start")
+  connect = sqlite3.connect
+
+  def read_only(path, **options):
+    if path != ":memory:":
+      path, options["uri"] = f"file:{path}?mode=ro", True
+    return connect(path, **options)
+
+  def refuse(path):
+    raise PermissionError(errno.EACCES, "Permission denied", path)
+
+  monkeypatch.setattr(sqlite3, "connect", read_only)
+  monkeypatch.setattr(os, "unlink", refuse)
+  again = Repo.open(repo.path)
+  assert np.array_equal(again.checkout()["x"], LARGE)
+  assert again.fsck().ok
 
 
 # Damage and its repair.
