@@ -226,12 +226,13 @@ def count_true(masks: tuple[Array, ...], *, local: bool) -> Array:
     masks = tuple(mask.reshape(1) for mask in masks)
   ones = tuple(mask.astype(jnp.int32) for mask in masks)
   # One operand alone is the slow case again: its twin costs nothing.
+  last = ones[0].ndim - 1
   operands = ones if len(ones) > 1 else (*ones, *ones)
   partial = lax.reduce(
     operands,
     (jnp.int32(0),) * len(operands),
     lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)),
-    (len(ones[0].shape) - 1,),
+    (last,),
   )[: len(ones)]
   # Fused with the next sum, the reduction would run on one core.
   partial = lax.optimization_barrier(partial)
@@ -483,8 +484,7 @@ def top_k_mask(x: Array, k: Any, *, exact: bool = True) -> Array:
     [False, True, True, False]
   """
   state = _search_array(x, k, exact=exact)
-  leaf = placement.leaf_of(x)
-  return keep(lax.stop_gradient(x), leaf, state)
+  return _keep(lax.stop_gradient(x), placement.leaf_of(x), state)
 
 
 def _search_array(x: Array, k: Any, *, exact: bool) -> Search:
@@ -492,16 +492,20 @@ def _search_array(x: Array, k: Any, *, exact: bool) -> Search:
     k = limbs(k)
   bits = _WORDS.get(np.dtype(x.dtype).itemsize, ("", 31))[1]
   widths = key_widths([x.shape], bits) if exact else (bits,)
-  x = lax.stop_gradient(x)
-  leaf = placement.leaf_of(x)
+  start = search(k, widths, early=exact)
+  return _passes(lax.stop_gradient(x), placement.leaf_of(x), start)
 
+
+@jax.jit
+def _passes(x: Array, leaf: placement.Leaf, start: Search) -> Search:
   def body(state):
+    # Without the barrier the bits are computed once, before the loop, and
+    # kept: memory of the array's size, and slower.
     x_, state_ = lax.optimization_barrier((x, state))
     counts = placement.sum_over_shards(count_keys, x_, leaf, state_)
     return narrow(counts, state_)
 
-  start = search(k, widths, early=exact)
-  return lax.while_loop(lambda s: ~s.done, body, start)
+  return lax.while_loop(lambda state: ~state.done, body, start)
 
 
 def top_k_masks(leaves: Mapping[str, Array], k: int) -> dict[str, Array]:
@@ -512,7 +516,7 @@ def top_k_masks(leaves: Mapping[str, Array], k: int) -> dict[str, Array]:
   lowest index: the order of the mapping does not matter.
 
   Args:
-    leaves: arrays by name, of float32, bfloat16 or float16 (one dtype).
+    leaves: arrays by name, all float32, all bfloat16, or all float16.
     k: how many entries to select, at most all.
 
   Raises:
@@ -522,14 +526,21 @@ def top_k_masks(leaves: Mapping[str, Array], k: int) -> dict[str, Array]:
   if not 0 <= k <= size:
     raise SelectionError(f"cannot select {k} of {size} entries")
   order = sorted(leaves)
-  widths = key_widths([leaves[name].shape for name in order])
+  kinds = {np.dtype(x.dtype) for x in leaves.values()}
+  if len(kinds) != 1:
+    raise DtypeError(
+      "magnitudes of one dtype can be ranked together, got "
+      f"{', '.join(sorted(map(str, kinds))) or 'no leaves'}; cast them first"
+    )
+  bits = _WORDS.get(kinds.pop().itemsize, ("", 31))[1]
+  widths = key_widths([leaves[name].shape for name in order], bits)
   places = {
     name: placement.leaf_of(leaves[name], i, len(order))
     for i, name in enumerate(order)
   }
   state = search(limbs(k), widths)
   while not bool(state.done):
-    counts = jnp.zeros((2, _WAYS - 1), jnp.int32)
+    counts = np.zeros((2, _WAYS - 1), np.int32)
     for name in order:
       counts = _count_leaf(leaves[name], places[name], state, counts)
     state = _narrow(counts, state)
@@ -538,13 +549,10 @@ def top_k_masks(leaves: Mapping[str, Array], k: int) -> dict[str, Array]:
 
 @jax.jit
 def _count_leaf(x, leaf, state, counts):
-  x = x.astype(jnp.float32)
   return counts + placement.sum_over_shards(count_keys, x, leaf, state)
 
 
 _narrow = jax.jit(narrow)
 
 
-@jax.jit
-def _keep(x, leaf, state):
-  return keep(x.astype(jnp.float32), leaf, state)
+_keep = jax.jit(keep)
