@@ -164,11 +164,16 @@ class Patch:
       StructureError: if two leaves would get the same name.
     """
     table = () if self.structure is None else self.structure.leaves
-    new = rename_map(dict.fromkeys([*table, *self.names]), rules)
+    targets = [d.to for d in self.deltas.values() if isinstance(d, Rename)]
+    new = rename_map(dict.fromkeys([*table, *self.names, *targets]), rules)
     structure = self.structure and Structure(
       {new[name]: entry for name, entry in self.structure.leaves.items()}
     )
-    return Patch({new[n]: d for n, d in self.deltas.items()}, structure)
+    deltas = {
+      new[name]: Rename(new[delta.to]) if isinstance(delta, Rename) else delta
+      for name, delta in self.deltas.items()
+    }
+    return Patch(deltas, structure)
 
   def save(self, path: str | os.PathLike[str], *, base: Any = None) -> None:
     """Writes the patch as one safetensors file; see `patches.files.save`."""

@@ -249,6 +249,12 @@ class TestStructural:
     loose = patch.replace(structure=None)
     assert pj.revert(found, loose)["a"].tolist() == [1]
 
+  def test_patches_that_rename_are_renamed(self):
+    base = {"model": {"a": np.float32([1]), "c": np.float32([2])}}
+    patch = pj.patches.restructure(base, rename={"model/a": "model/b"})
+    found = pj.apply(base["model"], patch.rename({"model/(.*)": r"\1"}))
+    assert sorted(found) == ["b", "c"]
+
   def test_compose_refuses_to_lose_a_renamed_leaf(self):
     base = {"a": np.float32([1]), "c": np.float32([2])}
     one = pj.patches.restructure(base, rename={"a": "b"})
