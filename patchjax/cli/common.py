@@ -205,6 +205,7 @@ def load_object(text: str, kind: type[T]) -> T:
     kind: what it must be.
   """
   import importlib
+  import inspect
 
   module_name, sign, name = text.partition(":")
   if not (sign and name and module_name):
@@ -218,6 +219,13 @@ def load_object(text: str, kind: type[T]) -> T:
   finally:
     sys.path.remove("")
   if not isinstance(found, kind) and callable(found):
+    try:
+      inspect.signature(found).bind()
+    except (TypeError, ValueError) as error:
+      raise click.BadParameter(
+        f"{text} must be a {kind.__name__}, or callable without arguments: "
+        f"{error}"
+      ) from error
     found = found()
   if not isinstance(found, kind):
     raise click.BadParameter(

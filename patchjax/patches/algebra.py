@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -330,8 +331,8 @@ def restructure(
     )
   leaving = {*delete, *rename}
   kept = [n for n in structure.leaves if n not in leaving]
-  names = [*kept, *rename.values(), *insert]
-  twice = sorted({n for n in names if names.count(n) > 1} | leaving & {*insert})
+  counts = collections.Counter([*kept, *rename.values(), *insert])
+  twice = sorted({n for n in counts if counts[n] > 1} | leaving & {*insert})
   if twice:
     raise MismatchError(
       f"the base or the patch already has {', '.join(twice)}; use another "

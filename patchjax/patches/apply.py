@@ -67,6 +67,7 @@ def apply(
       lists every one.
     DtypeError: if a 64-bit leaf would be narrowed inside `jit`.
     StructureError: if the result's containers cannot be told without `like`.
+    TypeError: if `patch` is no `Patch`.
 
   Example:
     >>> import numpy as np, patchjax as pj
@@ -75,6 +76,11 @@ def apply(
     >>> pj.apply(base, patch)["w"].tolist()
     [1.0, 4.0]
   """
+  if not isinstance(patch, Patch):
+    raise TypeError(
+      f"expected a Patch, found {type(patch).__name__}; make one of two "
+      "values with pj.diff(base, tuned)"
+    )
   named, treedef = flatten(base)
   arrays = _check(named, patch.structure, missing, extra, "the base")
   deltas = patch.deltas

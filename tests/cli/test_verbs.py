@@ -326,6 +326,7 @@ def test_files_are_vetted_without_a_repository(work):
   [
     ("nothing", "expected MODULE:NAME"),
     ("no_such_module:suite", "cannot import"),
+    ("json:dumps", "callable without arguments"),
     (f"{HERE}:nothing", "cannot import"),
     (f"{HERE}:POLICY", "is a Policy, expected a Suite"),
   ],

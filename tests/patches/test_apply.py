@@ -335,6 +335,10 @@ class TestMisfits:
     for part in ("- a/w", "+ a/w", "- b", "+ z"):
       assert part in str(error.value)
 
+  def test_no_patch(self):
+    with pytest.raises(TypeError, match="expected a Patch, found dict"):
+      pj.apply(self.base, self.base)
+
   def test_arithmetic_on_integers(self):
     patch = Patch({"n": Delta(Dense(np.float32([1])), "add")})
     with pytest.raises(LawError, match="n: there is no arithmetic on int32"):
