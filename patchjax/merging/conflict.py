@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from patchjax.merging import inputs, methods, running
-from patchjax.patches import engine, placement
+from patchjax.patches import leafwise, placement
 from patchjax.patches.deltas import Delta
 from patchjax.patches.transform import Transform
 from patchjax.trees.names import flatten
@@ -151,7 +151,7 @@ def conflicts(
     for source in sources:
       one = source.get(name)
       if isinstance(one, Delta):
-        one = engine.held_dense(leaf, one)
+        one = leafwise.held_dense(leaf, one)
       elif one is not None:
         one = inputs.on_device(one, leaf)
       given.append(one)
@@ -178,7 +178,7 @@ def conflicts(
 
 @jax.jit
 def _compare(leaf, base, sources):
-  deltas = engine.task_vectors(base, sources, leaf.shape)
+  deltas = leafwise.task_vectors(base, sources, leaf.shape)
 
   def sums(deltas, leaf):
     # Sums of rows first: one float32 sum over a large leaf would be inexact.

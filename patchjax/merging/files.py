@@ -12,7 +12,7 @@ import numpy as np
 
 from patchjax.merging import inputs
 from patchjax.merging.running import check_reducing
-from patchjax.patches import engine, files, storage
+from patchjax.patches import engine, files, leafwise, storage
 from patchjax.patches.deltas import Delta
 from patchjax.patches.patch import Patch
 from patchjax.patches.transform import Transform
@@ -115,13 +115,13 @@ def merge_files(
 def _leaves(
   floats: Mapping[str, np.ndarray], sources: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-  def fetch(name: str) -> engine.Work:
+  def fetch(name: str) -> leafwise.Work:
     base = floats[name]
     given = (source.get(name) for source in sources)
-    return engine.Work(
+    return leafwise.Work(
       base,
       tuple(
-        engine.held_dense(base, one) if isinstance(one, Delta) else one
+        leafwise.held_dense(base, one) if isinstance(one, Delta) else one
         for one in given
       ),
     )

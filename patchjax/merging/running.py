@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from patchjax.merging import inputs
-from patchjax.patches import engine
+from patchjax.patches import engine, leafwise
 from patchjax.patches.codes import Dense
 from patchjax.patches.deltas import Delta
 from patchjax.patches.patch import Patch
@@ -196,11 +196,11 @@ def _run(
     for source in sources:
       one = source.get(name)
       if isinstance(one, Delta):
-        one = one if traced else engine.held_dense(base, one)
+        one = one if traced else leafwise.held_dense(base, one)
       elif one is not None and not traced:
         one = inputs.on_device(one, base)
       given.append(one)
-    work = engine.Work(base, tuple(given))
+    work = leafwise.Work(base, tuple(given))
     leaves[name] = lambda work=work: work
   if not leaves:
     return

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from patchjax.patches import selection, transform
+from patchjax.patches import counting, transform
 
 
 def elect_sign(
@@ -80,14 +80,14 @@ def _elect_reduce(leaf, deltas, state, carry, *, method, zero):
   del carry, zero
   balance = _balance(_by_weight(deltas, state), method)
   masks = (balance > _as(0, balance), balance < _as(0, balance))
-  return selection.count_true(masks, local=leaf.local)
+  return counting.count_true(masks, local=leaf.local)
 
 
 def _elect_finish(total, carry, *, method, zero):
   del carry, method, zero
-  total = selection.carried(total)
+  total = counting.carried(total)
   positive, negative = total[:, 0], total[:, 1]
-  more = selection.at_least(positive, negative) & (positive != negative).any()
+  more = counting.at_least(positive, negative) & (positive != negative).any()
   return more, jnp.asarray(True)
 
 

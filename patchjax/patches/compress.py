@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from patchjax.patches import encode, engine
+from patchjax.patches import encode, engine, leafwise
 from patchjax.patches.codes import Code, Dense, LowRank, Quantized, Sparse
 from patchjax.patches.deltas import Delta
 from patchjax.patches.laws import LAWS
@@ -87,7 +87,7 @@ def _transformed(
   }
   leaves, shapes = {}, {}
   for name, delta in sums.items():
-    work = engine.Work(None, (engine.held_dense(None, delta),))
+    work = leafwise.Work(None, (leafwise.held_dense(None, delta),))
     leaves[name] = lambda work=work: work
     shapes[name] = work.shape
   results = engine.run(

@@ -13,193 +13,21 @@ one expression `f32(x) - f32(base)` in every pass.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from patchjax.patches import laws, pinned, placement, selection, transform
-from patchjax.patches.codes import Dense, Sparse
-from patchjax.patches.deltas import Delta
-from patchjax.patches.diff import task_vector
-from patchjax.patches.meshes import explicit_sharding, on_leaf_mesh
+from patchjax.patches import leafwise, placement, transform
+from patchjax.patches.counting import LIMB
 from patchjax.trees.errors import NonFiniteError, SelectionError
 
-Array = Any
-Stages = tuple[tuple[transform.Step, transform.Options], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-  """One leaf to be worked on.
-
-  Attributes:
-    base: the base's leaf; None where only a delta is known.
-    sources: one a contributor: its leaf, a `Delta` on the base, or None if
-      it does not touch the leaf.
-  """
-
-  base: Any
-  sources: tuple[Any, ...]
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Shape of the leaf."""
-    if self.base is not None:
-      return tuple(self.base.shape)
-    delta = next(s for s in self.sources if s is not None)
-    return tuple(delta.code.shape)
-
-
-Leaves = Mapping[str, Callable[[], Work]]
+Leaves = Mapping[str, Callable[[], leafwise.Work]]
 """Each leaf's work by name, fetched when it is needed (files are read then)."""
-
-
-# ---------------------------------------------------------------------------
-# Leaf functions: traceable.
-
-
-def task_vectors(
-  base: Any, sources: tuple[Any, ...], shape: tuple[int, ...]
-) -> tuple[Array, ...]:
-  """Returns the contributors' task vectors on one leaf; traceable.
-
-  Args:
-    base: the base's leaf; None where all sources are sums.
-    sources: as in `Work`.
-    shape: of the leaf.
-  """
-  return tuple(_delta(base, source, shape) for source in sources)
-
-
-def _delta(base: Any, source: Any, shape: tuple[int, ...]) -> Array:
-  """Returns the task vector of one contributor on one leaf."""
-  if source is None:
-    if base is None:
-      return jnp.zeros(shape, jnp.float32)
-    return jnp.zeros_like(base, laws.compute_dtype(base))
-  if not isinstance(source, Delta):
-    if explicit_sharding(base) == explicit_sharding(source):
-      return task_vector(source, base)
-    return on_leaf_mesh(task_vector, base, source, base)
-  wide = jnp.float32 if base is None else laws.compute_dtype(base)
-
-  def whole(base, delta):
-    if delta.law == "add":
-      return jnp.broadcast_to(delta.code.dense(wide), shape)
-    return task_vector(laws.act(base, delta), base)
-
-  return on_leaf_mesh(whole, base, base, source)
-
-
-def _wide(base: Any) -> Any:
-  if base is None:
-    return None
-  return jnp.asarray(base).astype(laws.compute_dtype(base))
-
-
-def _count(
-  stages: Stages, index: int, leaf, base, sources, state, shared
-) -> Any:
-  """Returns stage `index`'s count over one leaf, summed over its shards."""
-  step, options = stages[index]
-  base, sources = lax.stop_gradient((base, sources))
-  deltas = task_vectors(base, sources, leaf.shape)
-  method = transform.Transform(({},) * len(stages), stages)
-  deltas = transform.run_prefix(
-    method, index, leaf, deltas, _wide(base), state, shared
-  )
-
-  def reduce(deltas, leaf, state, carry):
-    return step.reduce(leaf, deltas, state, carry, **dict(options))
-
-  return placement.sum_over_shards(
-    reduce, deltas, leaf, state[index], shared[index]
-  )
-
-
-def _count_whole(
-  stages: Stages, index: int, leaf, base, sources, state, shared
-) -> Any:
-  """Returns `_count` where earlier stages first count over the leaf alone."""
-  shared = _leaf_passes(stages, index, leaf, base, sources, state, shared)
-  return _count(stages, index, leaf, base, sources, state, shared)
-
-
-def _finish(stages: Stages, index: int, total, carry) -> Any:
-  step, options = stages[index]
-  return step.finish(total, carry, **dict(options))
-
-
-def _leaf_passes(
-  stages: Stages, count: int, leaf, base, sources, state, shared
-) -> Any:
-  """Runs the passes of those of the first stages that count in a leaf."""
-  base, sources, state = lax.stop_gradient((base, sources, state))
-  shared = list(shared)
-  for index, (step, options) in enumerate(stages[:count]):
-    if transform.scope_of(step, options) != "leaf":
-      continue
-    held = (base, sources, state)
-
-    def body(carry, index=index, held=held, shared=tuple(shared)):
-      # Without the barrier the compiler computes the deltas once, before the
-      # loop, and keeps them: memory of the leaf's size, and slower.
-      held, carry = lax.optimization_barrier((held, carry))
-      base, sources, state = held
-      now = (*shared[:index], carry[0], *shared[index + 1 :])
-      total = _count(stages, index, leaf, base, sources, state, now)
-      return _finish(stages, index, total, carry[0])
-
-    shared[index], _ = lax.while_loop(
-      lambda carry: ~carry[1], body, (shared[index], jnp.asarray(False))
-    )
-  return tuple(shared)
-
-
-def _update(
-  stages: Stages,
-  as_params: bool,
-  checked: bool,
-  leaf,
-  base,
-  sources,
-  state,
-  shared,
-) -> Any:
-  """Returns one leaf's result, and how many of its numbers are not finite."""
-  shared = _leaf_passes(stages, len(stages), leaf, base, sources, state, shared)
-  wide = _wide(base)
-  deltas = task_vectors(base, sources, leaf.shape)
-  method = transform.Transform(({},) * len(stages), stages)
-  out = transform.run_prefix(
-    method, len(stages), leaf, deltas, wide, state, shared
-  )
-  if as_params:
-    (total,) = out
-    total = total if hasattr(total, "at") else total.dense()
-    total = transform.rounded(total.astype(wide.dtype))
-    out = (wide + total).astype(base.dtype)
-  bad = jnp.zeros((2, 2), jnp.int32)
-  if checked:
-    given = functools.reduce(jnp.logical_or, (~jnp.isfinite(d) for d in deltas))
-    made = ~jnp.isfinite(out) if as_params else given
-    bad = placement.sum_over_shards(_count_bad, (given, made), leaf)
-  return out, bad
-
-
-def _count_bad(masks, leaf):
-  return selection.count_true(masks, local=leaf.local)
-
-
-# ---------------------------------------------------------------------------
-# Running them.
 
 
 def is_traced(*trees: Any) -> bool:
@@ -250,7 +78,7 @@ def run(
       f"{len(state)} parts; make it with method.init(params)"
     )
 
-  def leaf_of(name: str, work: Work) -> placement.Leaf:
+  def leaf_of(name: str, work: leafwise.Work) -> placement.Leaf:
     like: Any = work.base
     if like is None:
       source = next(s for s in work.sources if s is not None)
@@ -264,7 +92,7 @@ def run(
   runner = _Inline() if traced else _Eager(donate, streamed)
   shared: list[Any] = [None] * len(method.stages)
 
-  def carries(work: Work) -> tuple[Any, ...]:
+  def carries(work: leafwise.Work) -> tuple[Any, ...]:
     return tuple(
       step.start(state[i], [work.shape], contributors, **dict(options))
       if transform.scope_of(step, options) == "leaf"
@@ -272,7 +100,9 @@ def run(
       for i, (step, options) in enumerate(method.stages)
     )
 
-  def works() -> Iterator[tuple[placement.Leaf, Work, tuple[Any, ...]]]:
+  def works() -> Iterator[
+    tuple[placement.Leaf, leafwise.Work, tuple[Any, ...]]
+  ]:
     for name, fetch in leaves.items():
       work = fetch()
       yield leaf_of(name, work), work, carries(work)
@@ -305,9 +135,11 @@ class _Inline:
       total = None
       for leaf, base, sources, now in items:
         now = (*now[:index], carry[0], *now[index + 1 :])
-        one = _count_whole(stages, index, leaf, base, sources, state_, now)
+        one = leafwise.count_whole(
+          stages, index, leaf, base, sources, state_, now
+        )
         total = one if total is None else jax.tree.map(jnp.add, total, one)
-      return _finish(stages, index, total, carry[0])
+      return leafwise.finish(stages, index, total, carry[0])
 
     carry, _ = lax.while_loop(
       lambda carry: ~carry[1], body, (start, jnp.asarray(False))
@@ -316,7 +148,7 @@ class _Inline:
 
   def update(self, stages, as_params, name, leaf, work, state, shared):
     del name
-    out, _ = _update(
+    out, _ = leafwise.update(
       stages, as_params, False, leaf, work.base, work.sources, state, shared
     )
     return out
@@ -367,7 +199,7 @@ class _Eager:
     bad = jax.device_get(self._bad)
     lines = []
     for name, counts in bad.items():
-      given, made = (int(c[0]) << 12 | int(c[1]) for c in counts.T)
+      given, made = ((int(c[0]) << LIMB) + int(c[1]) for c in counts.T)
       if given or made:
         what = (
           f"{given} entries of the contributors' changes"
@@ -390,53 +222,32 @@ def _devices(x: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=512)
-def _count_jit(stages: Stages, index: int) -> Callable[..., Any]:
+def _count_jit(stages: leafwise.Stages, index: int) -> Callable[..., Any]:
   @jax.jit
   def count(leaf, base, sources, state, shared, total):
-    one = _count_whole(stages, index, leaf, base, sources, state, shared)
+    one = leafwise.count_whole(
+      stages, index, leaf, base, sources, state, shared
+    )
     return one if total is None else jax.tree.map(jnp.add, total, one)
 
   return count
 
 
 @functools.lru_cache(maxsize=512)
-def _finish_jit(stages: Stages, index: int) -> Callable[..., Any]:
-  return jax.jit(functools.partial(_finish, stages, index))
+def _finish_jit(stages: leafwise.Stages, index: int) -> Callable[..., Any]:
+  return jax.jit(functools.partial(leafwise.finish, stages, index))
 
 
 @functools.lru_cache(maxsize=4096)
 def _update_jit(
-  stages: Stages, as_params: bool, donate: bool, sharding: Any
+  stages: leafwise.Stages, as_params: bool, donate: bool, sharding: Any
 ) -> Callable[..., Any]:
   def update(base, leaf, sources, state, shared):
-    return _update(stages, as_params, True, leaf, base, sources, state, shared)
+    return leafwise.update(
+      stages, as_params, True, leaf, base, sources, state, shared
+    )
 
   options: dict[str, Any] = {"donate_argnums": (0,)} if donate else {}
   if sharding is not None:
     options["out_shardings"] = (sharding, None)
   return jax.jit(update, **options)
-
-
-@functools.partial(jax.jit, static_argnums=(2,))
-def _whole(base, delta, shape):
-  return _delta(base, delta, shape)
-
-
-def held_dense(base: Any, delta: Delta) -> Delta:
-  """Returns a delta as a dense sum, so that passes need not decode it again.
-
-  Args:
-    base: the base's leaf, or None.
-    delta: a delta of any law and code.
-  """
-  if delta.law == "add" and isinstance(delta.code, Dense):
-    return delta
-  shape = tuple(delta.code.shape if base is None else base.shape)
-  if delta.law == "add" and isinstance(delta.code, Sparse):
-    # On the host: a compiled scatter for each number of entries would take
-    # longer than all passes over them.
-    wide = np.float32 if base is None else laws.compute_dtype(base)
-    whole = pinned.apply_host(np.zeros(shape, wide), delta)
-    like = getattr(base, "sharding", None)
-    return Delta(Dense(jax.device_put(whole, like)), "add")
-  return Delta(Dense(_whole(base, delta, shape)), "add")

@@ -8,9 +8,6 @@ Counting adds integers, so the answer has the same bits however an array is
 cut over devices, and a pass sends ten integers, never parameters. (Sorting
 costs some sixty times as much, and on a mesh gathers the array.)
 
-Counts are pairs of int32 limbs `[2, ...]`, `high * 2**12 + low`, so that a
-model of more than `2**31` entries is counted exactly with 64-bit types off.
-
 Where ties must be broken, an entry's key goes on after its magnitude with the
 position of its leaf and its own index, both complemented: the lowest wins.
 The search then refines those words in turn, only if a tie straddles the cut.
@@ -19,7 +16,6 @@ The search then refines those words in turn, only if a tie straddles the cut.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -28,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
 from patchjax.patches import placement
+from patchjax.patches.counting import at_least, carried, count_true, limbs
 from patchjax.trees.errors import DtypeError, SelectionError
 
 Array = Any
@@ -38,7 +34,6 @@ Array = Any
 _WAYS = 6
 """Parts a pass cuts the range in: five counts share one read of the data."""
 
-_LIMB = 12
 _WORDS = {4: ("uint32", 31), 2: ("uint16", 15)}
 
 
@@ -67,201 +62,6 @@ def magnitude_bits(x: Array) -> Array:
   word, bits = _WORDS[dtype.itemsize]
   pattern = lax.bitcast_convert_type(x, jnp.dtype(word))
   return pattern & jnp.asarray((1 << bits) - 1, word)
-
-
-# ---------------------------------------------------------------------------
-# k from a density.
-
-
-def limbs(count: int) -> np.ndarray:
-  """Returns a host integer as limbs `int32[2]` (high, low)."""
-  return np.array([count >> _LIMB, count & ((1 << _LIMB) - 1)], np.int32)
-
-
-def entries_of(density: Any, size: int) -> Array:
-  """Returns `k = floor(density * size)` as limbs `int32[2, ...]`.
-
-  A Python number gives `int(density * size)`. An array (a traced density, a
-  grid under `vmap`) is taken as the decimal of up to six digits that it
-  rounds, or else with a tolerance of about half a unit in its last place:
-  `float32(0.7) * 10` is 7, although float32(0.7) lies below 0.7.
-
-  Args:
-    density: share of entries, in (0, 1]; a number or an array.
-    size: the number of entries.
-
-  Raises:
-    SelectionError: if a density that can be seen is outside (0, 1], or if a
-      derivative with respect to it is taken.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> entries_of(0.5, 10).tolist(), entries_of(jnp.float32(0.7), 10).tolist()
-    ([0, 5], [0, 7])
-  """
-  if isinstance(density, int | float):
-    check_density(density)
-    return limbs(int(density * size))
-  if not isinstance(density, Tracer):
-    check_density(density)
-  if size >= 1 << (_LIMB + 30):
-    raise SelectionError(f"cannot count {size} entries: at most 2**42 - 1")
-  return _entries(size, jnp.asarray(density).astype(jnp.float32))
-
-
-def check_density(density: Any) -> None:
-  """Raises SelectionError unless the density lies in (0, 1]."""
-  value = np.asarray(density, np.float64)
-  if not ((value > 0) & (value <= 1)).all():
-    raise SelectionError(
-      f"density must be in (0, 1], got {density}: it is the share of "
-      "entries that is kept"
-    )
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _entries(size: int, density: Array) -> Array:
-  scaled = density * jnp.float32(1e6)
-  decimal = jnp.round(scaled)
-  is_decimal = jnp.abs(scaled - decimal) <= scaled * jnp.float32(2.0**-23)
-  binary = (density * jnp.float32(2.0**30)).astype(jnp.uint32)
-  binary = jnp.minimum(binary + (binary >> jnp.uint32(24)), jnp.uint32(1 << 30))
-  return jnp.where(
-    is_decimal,
-    _scaled_floor(decimal.astype(jnp.uint32), size, 10**6),
-    _scaled_floor(binary, size, 1 << 30),
-  )
-
-
-def _entries_jvp(size, primals, tangents):
-  if not isinstance(tangents[0], jax.custom_derivatives.SymbolicZero):
-    raise SelectionError(
-      "a density has no derivative: it selects entries by rank. "
-      "Differentiate the smooth numbers (weights, scale, t) and hold the "
-      "density fixed (close over it), or vmap over a grid of densities"
-    )
-  out = _entries(size, *primals)
-  return out, np.zeros(out.shape, jax.dtypes.float0)
-
-
-_entries.defjvp(_entries_jvp, symbolic_zeros=True)
-
-
-def _scaled_floor(numerator: Array, size: int, denominator: int) -> Array:
-  """Returns `floor(numerator * size / denominator)` as limbs.
-
-  `numerator <= denominator <= 2**30`, so that no step leaves uint32.
-  """
-  whole, rest = divmod(size, denominator)
-
-  def divide(i, carry):
-    quotient, remainder = carry
-    bit = (numerator >> (jnp.uint32(30) - i.astype(jnp.uint32))) & jnp.uint32(1)
-    remainder = remainder * jnp.uint32(2) + bit * jnp.uint32(rest)
-    digit = remainder // jnp.uint32(denominator)
-    remainder = remainder - digit * jnp.uint32(denominator)
-    return quotient * jnp.uint32(2) + digit, remainder
-
-  zero = jnp.zeros_like(numerator)
-  small, _ = lax.fori_loop(0, 31, divide, (zero, zero))
-  mask = jnp.uint32((1 << _LIMB) - 1)
-  low = (numerator & mask) * jnp.uint32(whole)
-  high = (numerator >> jnp.uint32(_LIMB)) * jnp.uint32(whole)
-  high = high + (low >> jnp.uint32(_LIMB)) + (small >> jnp.uint32(_LIMB))
-  low = (low & mask) + (small & mask)
-  return carried(jnp.stack([high, low]).astype(jnp.int32))
-
-
-# ---------------------------------------------------------------------------
-# Counting.
-
-
-def carried(count: Array) -> Array:
-  """Returns limbs `int32[2, ...]` with the low one brought under `2**12`."""
-  high, low = count[0], count[1]
-  return jnp.stack(
-    [
-      high + (low >> jnp.int32(_LIMB)),
-      low & jnp.int32((1 << _LIMB) - 1),
-    ]
-  )
-
-
-def at_least(count: Array, k: Array) -> Array:
-  """Returns `count >= k` for carried limbs."""
-  same = (count[0] == k[0]) & (count[1] >= k[1])
-  return (count[0] > k[0]) | same
-
-
-def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """Returns a shape of rows to reduce: several, for several cores."""
-  size = math.prod(shape)
-  for rows in (64, 16):
-    if size % rows == 0 and size >= 1 << 16:
-      return (rows, size // rows)
-  return (1, size) if len(shape) < 2 else (size // shape[-1], shape[-1])
-
-
-def count_true(masks: tuple[Array, ...], *, local: bool) -> Array:
-  """Counts the true entries of several masks of one shape in one read.
-
-  The counts are the operands of one variadic reduction: XLA fuses that with
-  what computes the masks, where a plain sum of a mask takes twenty times as
-  long on a CPU.
-
-  Args:
-    masks: boolean arrays of one shape.
-    local: whether the arrays lie on one device (also inside `shard_map`) and
-      so may be reshaped freely.
-
-  Returns:
-    carried limbs `int32[2, len(masks)]`.
-  """
-  shape = masks[0].shape
-  if not math.prod(shape):
-    return jnp.zeros((2, len(masks)), jnp.int32)
-  if local:
-    masks = tuple(mask.reshape(_rows(shape)) for mask in masks)
-  elif not shape:
-    masks = tuple(mask.reshape(1) for mask in masks)
-  ones = tuple(mask.astype(jnp.int32) for mask in masks)
-  # One operand alone is the slow case again: its twin costs nothing.
-  last = ones[0].ndim - 1
-  operands = ones if len(ones) > 1 else (*ones, *ones)
-  partial = lax.reduce(
-    operands,
-    (jnp.int32(0),) * len(operands),
-    lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)),
-    (last,),
-  )[: len(ones)]
-  # Fused with the next sum, the reduction would run on one core.
-  partial = lax.optimization_barrier(partial)
-  if math.prod(shape) < 1 << 31:
-    total = jnp.stack([jnp.sum(p, dtype=jnp.int32) for p in partial])
-    return jnp.stack(
-      [
-        total >> jnp.int32(_LIMB),
-        total & jnp.int32((1 << _LIMB) - 1),
-      ]
-    )
-  return jnp.stack([limb_sum(p) for p in partial], axis=1)
-
-
-def limb_sum(x: Array) -> Array:
-  """Sums non-negative int32 of any number and size into carried limbs."""
-
-  def add(a, b):
-    low = a[1] + b[1]
-    high = a[0] + b[0] + (low >> jnp.int32(_LIMB))
-    return high, low & jnp.int32((1 << _LIMB) - 1)
-
-  pair = (x >> jnp.int32(_LIMB), x & jnp.int32((1 << _LIMB) - 1))
-  zero = jnp.int32(0)
-  return jnp.stack(lax.reduce(pair, (zero, zero), add, tuple(range(x.ndim))))
-
-
-# ---------------------------------------------------------------------------
-# The search.
 
 
 @jax.tree_util.register_dataclass

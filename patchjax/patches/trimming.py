@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import lax
 
-from patchjax.patches import selection, transform
+from patchjax.patches import selection, shares, transform
 
 
 def trim(
@@ -50,7 +50,7 @@ def trim(
   if scope not in ("tree", "leaf"):
     raise ValueError(f"scope must be 'tree' or 'leaf', got {scope!r}")
   if isinstance(density, int | float):
-    selection.check_density(density)
+    shares.check_density(density)
   return transform.Transform.of(
     TRIM, {"density": density}, scope=scope, exact_k=exact_k
   )
@@ -62,7 +62,7 @@ def _start(state, shapes, k, *, scope, exact_k):
   widths = selection.key_widths(shapes) if exact_k else (31,)
   densities = transform.per_contributor(state["density"], k)
   return tuple(
-    selection.search(selection.entries_of(density, size), widths)
+    selection.search(shares.entries_of(density, size), widths)
     for density in densities
   )
 

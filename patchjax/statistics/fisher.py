@@ -87,7 +87,7 @@ def fisher_diagonal(
     >>> x = np.float32([[1, 0], [0, 2]])
     >>> model = lambda p, x: x @ p["w"]
     >>> f = fisher_diagonal(model, params, x, labels="exact")
-    >>> print(f.values["w"].round(3), f.n)
+    >>> print(np.asarray(f.values["w"]).round(3), f.n)
     [[0.111 0.111 0.111]
      [0.444 0.444 0.444]] 2
   """

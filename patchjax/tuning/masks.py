@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from patchjax.patches import placement, selection
+from patchjax.patches import placement, selection, shares
 from patchjax.patches.codes import Sparse
 from patchjax.patches.deltas import Delta
 from patchjax.patches.encode import indices_of
@@ -67,7 +67,7 @@ def fish(
     >>> patch.deltas["w"].code.indices.tolist()
     [3, 4, 5]
   """
-  selection.check_density(density)
+  shares.check_density(density)
   fisher = fisher_lib.fisher_diagonal(
     log_prob, base, data, key=key, labels=labels, only=only, chunk=chunk
   )
@@ -128,7 +128,7 @@ def entries_selected(density: float, size: int) -> int:
   Raises:
     SelectionError: if the density is outside (0, 1] or selects no entry.
   """
-  selection.check_density(density)
+  shares.check_density(density)
   k = int(density * size)
   if not k:
     raise SelectionError(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.patches import placement, selection
+from patchjax.patches import counting, placement, selection
 from tests.merging.models import models, put
 
 COLLECTIVE = re.compile(
@@ -45,7 +45,7 @@ def test_known_auto_mesh_sends_one_small_sum_a_pass(mesh_auto):
   x = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
   sharding = jax.sharding.NamedSharding(mesh_auto, jax.P("x", "y"))
   leaf = placement.leaf_of(jax.device_put(x, sharding))
-  state = selection.search(selection.limbs(100))
+  state = selection.search(counting.limbs(100))
 
   def count(x):
     return placement.sum_over_shards(selection.count_keys, x, leaf, state)

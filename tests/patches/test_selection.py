@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from patchjax.patches import placement, selection
+from patchjax.patches import counting, placement, selection, shares
 from patchjax.trees.errors import DtypeError, SelectionError
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
@@ -38,7 +38,7 @@ def test_equals_a_sort(dtype):
   x = odd(dtype)
   order = np.sort(words(x))[::-1]
   for k in range(1, len(x) + 1):
-    found = np.asarray(kth(x, jnp.asarray(selection.limbs(k))))
+    found = np.asarray(kth(x, jnp.asarray(counting.limbs(k))))
     assert words(found[None])[0] == order[k - 1], k
 
 
@@ -51,7 +51,7 @@ def test_equals_a_sort(dtype):
   st.integers(0, 21),
 )
 def test_exact_masks_are_the_stable_sort(x, k):
-  mask = np.asarray(mask_exact(x, jnp.asarray(selection.limbs(k))))
+  mask = np.asarray(mask_exact(x, jnp.asarray(counting.limbs(k))))
   order = np.argsort(-words(x).ravel().astype(np.int64), kind="stable")[:k]
   wanted = np.zeros(x.size, bool)
   wanted[order] = True
@@ -67,7 +67,7 @@ def test_sharded(mesh, spec, request):
   rng = np.random.default_rng(1)
   x = np.round(rng.standard_normal((16, 8)) * 2).astype(np.float32)
   y = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P(*spec)))
-  k = jnp.asarray(selection.limbs(50))
+  k = jnp.asarray(counting.limbs(50))
   assert kth(y, k) == np.sort(np.abs(x).ravel())[-50]
   order = np.argsort(-np.abs(x).ravel(), kind="stable")[:50]
   mask = np.asarray(mask_exact(y, k)).ravel()
@@ -85,7 +85,7 @@ def test_masks_over_leaves_break_ties_by_name_then_index():
 
 def test_vmap_over_k():
   x = np.random.default_rng(2).standard_normal(50).astype(np.float32)
-  ks = np.stack([selection.limbs(k) for k in (1, 10, 50)])
+  ks = np.stack([counting.limbs(k) for k in (1, 10, 50)])
   found = jax.jit(jax.vmap(lambda k: selection.kth_magnitude(x, k)))(ks)
   assert found.tolist() == np.sort(np.abs(x))[[-1, -10, -50]].tolist()
 
@@ -110,22 +110,22 @@ def test_rows_of_large_leaves_order_ties(monkeypatch):
 def test_counts_beyond_int32():
   limb = 1 << 12
   counts = jnp.asarray([[3 * limb, 1], [5, 4 * limb + 7]], jnp.int32)
-  carried = selection.carried(counts)
+  carried = counting.carried(counts)
   assert carried.tolist() == [[3 * limb, 5], [5, 7]]
   big = 70_000_000_000
-  high, low = selection.limbs(big)
+  high, low = counting.limbs(big)
   assert int(high) * limb + int(low) == big
-  above, below = selection.limbs(big + 1), selection.limbs(big - 1)
-  k = selection.limbs(big)
-  assert selection.at_least(above, k) and selection.at_least(k, k)
-  assert not selection.at_least(below, k)
+  above, below = counting.limbs(big + 1), counting.limbs(big - 1)
+  k = counting.limbs(big)
+  assert counting.at_least(above, k) and counting.at_least(k, k)
+  assert not counting.at_least(below, k)
   rows = jnp.full((9,), (1 << 31) - 1, jnp.int32)
-  high, low = selection.limb_sum(rows).tolist()
+  high, low = counting.limb_sum(rows).tolist()
   assert high * limb + low == 9 * ((1 << 31) - 1)
 
 
 def entries(density, size):
-  high, low = np.asarray(selection.entries_of(density, size)).tolist()
+  high, low = np.asarray(shares.entries_of(density, size)).tolist()
   return (high << 12) + low
 
 
@@ -136,7 +136,7 @@ def test_entries_of_python_numbers_are_those_of_the_paper():
 
 
 def test_entries_of_traced_numbers_are_exact_decimals():
-  traced = jax.jit(selection.entries_of, static_argnums=1)
+  traced = jax.jit(shares.entries_of, static_argnums=1)
   for density in (0.005, 0.05, 0.1, 0.2, 0.7, 0.123456, 1.0):
     for size in (10, 999, 22_713_216, 8_030_261_248, 70_553_706_496):
       high, low = traced(jnp.float32(density), size).tolist()
@@ -150,8 +150,8 @@ def test_entries_of_traced_numbers_are_exact_decimals():
 def test_bad_requests():
   for density in (0.0, -0.1, 1.01, np.nan, jnp.float32(2)):
     with pytest.raises(SelectionError, match=r"in \(0, 1\]"):
-      selection.entries_of(density, 10)
+      shares.entries_of(density, 10)
   with pytest.raises(DtypeError, match="float32"):
     selection.magnitude_bits(jnp.zeros(3, jnp.int32))
   with pytest.raises(SelectionError, match="cannot count"):
-    selection.entries_of(jnp.float32(0.5), 1 << 43)
+    shares.entries_of(jnp.float32(0.5), 1 << 43)

@@ -1,0 +1,109 @@
+"""Counting true entries, fast and beyond int32.
+
+Counts are pairs of int32 limbs `[2, ...]`, `high * 2**12 + low`, so that a
+model of more than `2**31` entries is counted exactly with 64-bit types off.
+Limbs are added as they are, over leaves and devices, and carried afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Array = Any
+
+LIMB = 12
+"""Bits of the low limb: few enough to add half a million of them."""
+
+
+def limbs(count: int) -> np.ndarray:
+  """Returns a host integer as limbs `int32[2]` (high, low)."""
+  return np.array([count >> LIMB, count & ((1 << LIMB) - 1)], np.int32)
+
+
+def carried(count: Array) -> Array:
+  """Returns limbs `int32[2, ...]` with the low one brought under `2**12`."""
+  high, low = count[0], count[1]
+  return jnp.stack(
+    [
+      high + (low >> jnp.int32(LIMB)),
+      low & jnp.int32((1 << LIMB) - 1),
+    ]
+  )
+
+
+def at_least(count: Array, k: Array) -> Array:
+  """Returns `count >= k` for carried limbs."""
+  same = (count[0] == k[0]) & (count[1] >= k[1])
+  return (count[0] > k[0]) | same
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns a shape of rows to reduce: several, for several cores."""
+  size = math.prod(shape)
+  for rows in (64, 16):
+    if size % rows == 0 and size >= 1 << 16:
+      return (rows, size // rows)
+  return (1, size) if len(shape) < 2 else (size // shape[-1], shape[-1])
+
+
+def count_true(masks: tuple[Array, ...], *, local: bool) -> Array:
+  """Counts the true entries of several masks of one shape in one read.
+
+  The counts are the operands of one variadic reduction: XLA fuses that with
+  what computes the masks, where a plain sum of a mask takes twenty times as
+  long on a CPU.
+
+  Args:
+    masks: boolean arrays of one shape.
+    local: whether the arrays lie on one device (also inside `shard_map`) and
+      so may be reshaped freely.
+
+  Returns:
+    carried limbs `int32[2, len(masks)]`.
+  """
+  shape = masks[0].shape
+  if not math.prod(shape):
+    return jnp.zeros((2, len(masks)), jnp.int32)
+  if local:
+    masks = tuple(mask.reshape(_rows(shape)) for mask in masks)
+  elif not shape:
+    masks = tuple(mask.reshape(1) for mask in masks)
+  ones = tuple(mask.astype(jnp.int32) for mask in masks)
+  # One operand alone is the slow case again: its twin costs nothing.
+  last = ones[0].ndim - 1
+  operands = ones if len(ones) > 1 else (*ones, *ones)
+  partial = lax.reduce(
+    operands,
+    (jnp.int32(0),) * len(operands),
+    lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)),
+    (last,),
+  )[: len(ones)]
+  # Fused with the next sum, the reduction would run on one core.
+  partial = lax.optimization_barrier(partial)
+  if math.prod(shape) < 1 << 31:
+    total = jnp.stack([jnp.sum(p, dtype=jnp.int32) for p in partial])
+    return jnp.stack(
+      [
+        total >> jnp.int32(LIMB),
+        total & jnp.int32((1 << LIMB) - 1),
+      ]
+    )
+  return jnp.stack([limb_sum(p) for p in partial], axis=1)
+
+
+def limb_sum(x: Array) -> Array:
+  """Sums non-negative int32 of any number and size into carried limbs."""
+
+  def add(a, b):
+    low = a[1] + b[1]
+    high = a[0] + b[0] + (low >> jnp.int32(LIMB))
+    return high, low & jnp.int32((1 << LIMB) - 1)
+
+  pair = (x >> jnp.int32(LIMB), x & jnp.int32((1 << LIMB) - 1))
+  zero = jnp.int32(0)
+  return jnp.stack(lax.reduce(pair, (zero, zero), add, tuple(range(x.ndim))))
