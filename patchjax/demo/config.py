@@ -36,6 +36,7 @@ class Config:
     parent_margin: accepted loss of a merge against each parent's own claim.
     parent_discordance: share of texts on which a merge and its parent are
       expected to differ; the planner's other shares are measured.
+    parent_difference: true difference to a parent that the planner allows.
     mean_margin: loss in mean score that a compression may have.
     flips: cap on the rate of lost answers of a contribution.
     compressed_flips: the same for a compression.
@@ -57,17 +58,18 @@ class Config:
   keep: float = 1.0
   fisher_examples: int = 64
   train_texts: int = 960
-  validation_texts: int = 320
+  validation_texts: int = 400
   test_texts: int = 2000
   task_margin: float = 0.04
   class_margin: float = 0.30
   slice_margin: float = 0.06
   parent_margin: float = 0.02
   parent_discordance: float = 0.06
+  parent_difference: float = -0.005
   mean_margin: float = 0.01
   flips: float = 0.25
   compressed_flips: float = 0.10
   alpha: float = 0.05
   power: float = 0.8
-  bits: tuple[int, ...] = (4, 6)
+  bits: tuple[int, ...] = (4, 8)
   evaluation_batch: int = 64

@@ -171,6 +171,11 @@ def planned_sizes(
   for task, share in discordance.items():
     sizes[task] = plan(config.task_margin, max(share, 0.01), **errors)
     if task in claimed:
-      needed = plan(config.parent_margin, config.parent_discordance, **errors)
+      needed = plan(
+        config.parent_margin,
+        config.parent_discordance,
+        difference=config.parent_difference,
+        **errors,
+      )
       sizes[task] = max(sizes[task], needed)
   return sizes

@@ -56,16 +56,20 @@ class Line:
   verdict: str
 
 
-def interval(outcomes: np.ndarray) -> str:
+def interval(outcomes: np.ndarray, *, digits: int = 1) -> str:
   """Mean and half width of its 95 % interval, in points.
 
+  Args:
+    outcomes: right or wrong, `[n]`.
+    digits: of the half width.
+
   Example:
-    >>> interval(np.array([1.0, 0.0, 1.0, 1.0]))
-    '75.0±42.4'
+    >>> interval(np.arange(1000) < 900)
+    '90.0±1.9'
   """
   x = np.asarray(outcomes, np.float64)
   half = 1.96 * x.std() / math.sqrt(x.size)
-  return f"{100 * x.mean():.1f}±{100 * half:.1f}"
+  return f"{100 * x.mean():.1f}±{100 * half:.{digits}f}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,20 +107,25 @@ class Report:
           line.version,
           line.author,
           line.kind,
-          size_text(held),
-          f"{held / self.checkpoint:.2%}",
+          f"{held / 1e6:.2f}",
+          f"{100 * held / self.checkpoint:.2f}",
           *(
-            interval(line.scores[task]) if task in line.scores else ""
+            interval(line.scores[task], digits=0) if task in line.scores else ""
             for task in tasks
           ),
           line.verdict,
         ]
       )
-    columns = ["version", "author", "kind", "bytes", "of model", *tasks]
-    text = table([*columns, "verdict"], rows, width=120)
+    columns = ["version", "author", "kind", "MB", "%", *tasks, "verdict"]
+    text = table(columns, rows)
+    text += (
+      "\nMB: of the patch file (of a merge: of its difference to 1.0.0); %: of"
+      f" the {size_text(self.checkpoint)} checkpoint;\nscores with 95 %"
+      " intervals, on test texts."
+    )
     released = ", ".join(self.releases) or "nothing"
-    text += f"\n\nreleased: {released}; rejected: "
-    text += ", ".join(self.rejected) or "nothing"
+    rejected = ", ".join(self.rejected) or "nothing"
+    text += f"\n\nreleased: {released}\nrejected: {rejected}"
     text += f"\n{self.cost}; repository: {self.directory}"
     for problem in self.problems:
       text += f"\nnot as told: {problem}"

@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from patchjax.demo import data, evidence, model, report, tasks
 from patchjax.demo.config import Config
+from patchjax.demo.desk import NOTE
 from patchjax.demo.scoring import Scorer
-from patchjax.demo.story import NOTE, Story
+from patchjax.demo.story import Story
 from patchjax.history import Repo
 from patchjax.trees import errors
 from patchjax.trees.names import named_leaves
@@ -99,11 +100,7 @@ def _scorer(
   found = tasks.load(
     files,
     tokens=config.tokens,
-    most={
-      "train": config.train_texts,
-      "validation": config.validation_texts,
-      "test": config.test_texts,
-    },
+    most=_most(config),
   )
   scorer = Scorer(
     model.load(files["model.safetensors"]),
@@ -114,6 +111,14 @@ def _scorer(
   for name in tqdm(found, desc="lower layers on validation texts", leave=False):
     scorer.warm(name, "validation")
   return scorer
+
+
+def _most(config: Config) -> dict[str, int]:
+  return {
+    "train": config.train_texts,
+    "validation": config.validation_texts,
+    "test": config.test_texts,
+  }
 
 
 def suite() -> Suite:
@@ -140,7 +145,7 @@ def suite() -> Suite:
   files = data.fetch()
   scorer = Scorer(
     repo.checkout("v1.0.0"),
-    tasks.load(files, tokens=config.tokens, most={"test": config.test_texts}),
+    tasks.load(files, tokens=config.tokens, most=_most(config)),
     depth=config.depth,
     batch=config.evaluation_batch,
   )
