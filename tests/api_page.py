@@ -120,7 +120,7 @@ assert 0 < pj.norm(half_way) < 2 * pj.norm(patch)
 others = [pj.apply(base, fit(zero, steps=n)) for n in (10, 20)]
 method = pj.merging.ties(density=0.2, scale=1.0)
 spelled = pj.chain(
-  pj.trim(density=0.2),
+  pj.trim(density=0.2, one_more=True),  # as the paper's code counts
   pj.merging.elect_sign(),
   pj.merging.disjoint_mean(),
   pj.scale(1.0),
@@ -128,7 +128,9 @@ spelled = pj.chain(
 merged = pj.merge(base, [tuned, *others], method)
 again = jax.jit(pj.merge)(base, [tuned, *others], spelled)
 assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, merged, again)))
-mixed = pj.merge(base, [patch, others[0]], pj.merging.task_arithmetic(scale=0.4))
+mixed = pj.merge(
+  base, [patch, others[0]], pj.merging.task_arithmetic(scale=0.4)
+)
 average = pj.merge(base, [tuned, *others], pj.merging.linear())
 weights = jnp.array([0.5, 0.3, 0.2])
 learned = jax.grad(
@@ -169,9 +171,7 @@ repo.merge("main", ["ducksville", "fidmor"], method=method)
 abstract = jax.eval_shape(lambda: base)
 part = repo.checkout("main", like=abstract, only=r"query/.*")
 whole = repo.checkout("main", like=base)
-by_hand = pj.merge(
-  base, [repo.checkout("ducksville"), others[0]], method
-)
+by_hand = pj.merge(base, [repo.checkout("ducksville"), others[0]], method)
 assert pj.trees.tree_id(whole) == pj.trees.tree_id(by_hand)
 for commit in repo.log():
   print(commit.id[:12], commit.message)
@@ -179,6 +179,7 @@ print(repo.diff("start", "main"))
 assert repo.merge_base("ducksville", "fidmor") == v1
 assert repo.fsck().ok
 repo.export("main", folder / "plain_orbax")
+
 
 # Vetting and releases: a version is earned.
 def right(params):

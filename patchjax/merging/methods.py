@@ -59,6 +59,7 @@ def ties(
   method: Literal["total", "frequency"] = "total",
   weights_in_election: bool | None = None,
   exact_k: bool | None = None,
+  one_more: bool | None = None,
   flavour: Literal["paper", "mergekit"] = "paper",
 ) -> Transform:
   """Returns TIES: trim, elect signs, average what agrees.
@@ -76,10 +77,11 @@ def ties(
     method: how signs are elected, see `elect_sign`.
     weights_in_election: whether weights also multiply before the election.
     exact_k: whether ties at the threshold are broken, see `trim`.
-    flavour: "paper": scope "tree", weights at the mean, a zero sum takes the
-      majority sign. "mergekit": scope "leaf", exactly k entries, weights in
-      the election, a zero sum counts as positive. Arguments that are given
-      win.
+    one_more: whether `floor(density * n) + 1` entries are kept, see `trim`.
+    flavour: "paper", equal to the paper's code: scope "tree", one entry more,
+      weights at the mean, a zero sum takes the majority sign. "mergekit":
+      scope "leaf", exactly k entries, weights in the election, a zero sum
+      counts as positive. Arguments that are given win.
 
   Example:
     >>> import numpy as np, patchjax as pj
@@ -87,7 +89,7 @@ def ties(
     >>> a, b = {"w": np.float32([4, 3, 1, 0])}, {"w": np.float32([2, -5, 0, 1])}
     >>> method = pj.merging.ties(density=0.5)
     >>> pj.merge(base, [a, b], method)["w"].tolist()
-    [3.0, -5.0, 0.0, 0.0]
+    [3.0, -5.0, 1.0, 1.0]
   """
   if flavour not in ("paper", "mergekit"):
     raise ValueError(f"flavour must be 'paper' or 'mergekit', got {flavour!r}")
@@ -96,12 +98,15 @@ def ties(
     weights_in_election = not paper
   if exact_k is None:
     exact_k = not paper
+  if one_more is None:
+    one_more = paper and not exact_k
   weights = _numbers(weights)
   return chain(
     trim(
       density=_numbers(density),
       scope=scope or ("tree" if paper else "leaf"),
       exact_k=exact_k,
+      one_more=one_more,
     ),
     steps.elect_sign(
       method=method,

@@ -17,8 +17,8 @@ from patchjax.trees.errors import SelectionError
 Array = Any
 
 
-def entries_of(density: Any, size: int) -> Array:
-  """Returns `k = floor(density * size)` as limbs `int32[2, ...]`.
+def entries_of(density: Any, size: int, *, more: int = 0) -> Array:
+  """Returns `k = floor(density * size) + more` as limbs `int32[2, ...]`.
 
   A Python number gives `int(density * size)`. An array (a traced density, a
   grid under `vmap`) is taken as the decimal of up to six digits that it
@@ -27,7 +27,8 @@ def entries_of(density: Any, size: int) -> Array:
 
   Args:
     density: share of entries, in (0, 1]; a number or an array.
-    size: the number of entries.
+    size: the number of entries; k is at most that.
+    more: entries beyond the share.
 
   Raises:
     SelectionError: if a density that can be seen is outside (0, 1], or if a
@@ -40,12 +41,19 @@ def entries_of(density: Any, size: int) -> Array:
   """
   if isinstance(density, int | float):
     check_density(density)
-    return limbs(int(density * size))
+    return limbs(min(int(density * size) + more, size))
   if not isinstance(density, Tracer):
     check_density(density)
   if size >= 1 << (LIMB + 30):
     raise SelectionError(f"cannot count {size} entries: at most 2**42 - 1")
-  return _entries(size, jnp.asarray(density).astype(jnp.float32))
+  k = _entries(size, jnp.asarray(density).astype(jnp.float32))
+  if not more:
+    return k
+  low = k[1] + jnp.int32(more)
+  high, low = k[0] + (low >> LIMB), low & ((1 << LIMB) - 1)
+  most_high, most_low = limbs(size)
+  full = (high > most_high) | ((high == most_high) & (low > most_low))
+  return jnp.where(full, k, jnp.stack([high, low]))
 
 
 def check_density(density: Any) -> None:

@@ -148,7 +148,7 @@ class Transform:
     Example:
       >>> import patchjax as pj
       >>> pj.trim(density=0.2).spec
-      ('trim', (('exact_k', False), ('scope', 'tree')))
+      ('trim', (('exact_k', False), ('one_more', False), ('scope', 'tree')))
     """
     specs = tuple((step.name, options) for step, options in self.stages)
     return specs[0] if len(specs) == 1 else ("chain", specs)
@@ -205,8 +205,8 @@ def chain(*transforms: Transform) -> Transform:
 
   Example:
     >>> import patchjax as pj
-    >>> pj.chain(pj.trim(density=0.2), pj.merging.mean())
-    chain(trim(density=0.2, exact_k=False, scope='tree'), mean())
+    >>> pj.chain(pj.ternarize(), pj.merging.mean())
+    chain(ternarize(), mean())
   """
   stages = tuple(stage for t in transforms for stage in t.stages)
   if not stages:

@@ -19,12 +19,12 @@ def trim(
   density: Any,
   scope: Literal["tree", "leaf"] = "tree",
   exact_k: bool = False,
+  one_more: bool = False,
 ) -> transform.Transform:
   """Returns the transform that keeps a share of the entries, by magnitude.
 
   Of n entries those at least as large as the k-th largest are kept,
-  `k = floor(density * n)`. (The TIES paper's own code keeps one more: it takes
-  the k-th smallest for `k = n - int(density * n)` as the threshold.)
+  `k = floor(density * n)`.
 
   Args:
     density: share that is kept, in (0, 1]; one number, or one a contributor.
@@ -35,6 +35,9 @@ def trim(
     exact_k: whether exactly k entries are kept: ties at the threshold go to
       the leaf that comes first by name, then to the lowest index. By default
       all entries that tie are kept.
+    one_more: whether k is one larger (and at most n), as in the TIES paper's
+      code, whose threshold is the `n - floor(density * n)`-th *smallest*
+      magnitude.
 
   Raises:
     SelectionError: if the density is outside (0, 1].
@@ -52,23 +55,25 @@ def trim(
   if isinstance(density, int | float):
     shares.check_density(density)
   return transform.Transform.of(
-    TRIM, {"density": density}, scope=scope, exact_k=exact_k
+    TRIM, {"density": density}, scope=scope, exact_k=exact_k, one_more=one_more
   )
 
 
-def _start(state, shapes, k, *, scope, exact_k):
+def _start(state, shapes, k, *, scope, exact_k, one_more):
   del scope
   size = sum(math.prod(shape) for shape in shapes)
   widths = selection.key_widths(shapes) if exact_k else (31,)
   densities = transform.per_contributor(state["density"], k)
   return tuple(
-    selection.search(shares.entries_of(density, size), widths)
+    selection.search(
+      shares.entries_of(density, size, more=int(one_more)), widths
+    )
     for density in densities
   )
 
 
-def _reduce(leaf, deltas, state, searches, *, scope, exact_k):
-  del state, scope, exact_k
+def _reduce(leaf, deltas, state, searches, **options):
+  del state, options
   return jnp.stack(
     [
       selection.count_keys(_magnitudes(delta), leaf, search)
@@ -77,8 +82,8 @@ def _reduce(leaf, deltas, state, searches, *, scope, exact_k):
   )
 
 
-def _finish(total, searches, *, scope, exact_k):
-  del scope, exact_k
+def _finish(total, searches, **options):
+  del options
   searches = tuple(
     selection.narrow(count, search)
     for count, search in zip(total, searches, strict=True)
@@ -86,8 +91,8 @@ def _finish(total, searches, *, scope, exact_k):
   return searches, jnp.stack([search.done for search in searches]).all()
 
 
-def _update(leaf, deltas, base, state, searches, *, scope, exact_k):
-  del base, state, scope, exact_k
+def _update(leaf, deltas, base, state, searches, **options):
+  del base, state, options
   return tuple(
     jnp.where(
       selection.keep(_magnitudes(delta), leaf, search),
@@ -111,6 +116,6 @@ TRIM = transform.register_step(
     start=_start,
     reduce=_reduce,
     finish=_finish,
-    scope=lambda *, scope, exact_k: scope,
+    scope=lambda *, scope, **_: scope,
   )
 )

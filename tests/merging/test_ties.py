@@ -102,7 +102,20 @@ def test_density_per_contributor():
   base = {"w": np.zeros(4, np.float32)}
   others = [{"w": np.float32([4, 3, 2, 1])}, {"w": np.float32([1, 2, 3, 4])}]
   merged = pj.merge(base, others, pj.merging.ties(density=[0.25, 0.5]))
-  assert merged["w"].tolist() == [4.0, 0.0, 3.0, 4.0]
+  assert merged["w"].tolist() == [4.0, 2.5, 3.0, 4.0]
+  plain = pj.merging.ties(density=[0.25, 0.5], one_more=False)
+  assert pj.merge(base, others, plain)["w"].tolist() == [4.0, 0.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("density", [0.01, 0.5, 0.999, 1.0])
+def test_one_more_is_never_more_than_all(density):
+  from patchjax.patches import shares
+
+  for size in (1, 4095, 4096, 10_000):
+    k = min(int(density * size) + 1, size)
+    for given in (density, jnp.float32(density)):
+      high, low = shares.entries_of(given, size, more=1)
+      assert (int(high) << shares.LIMB) + int(low) == k, (size, given)
 
 
 def test_exact_k_breaks_ties_over_leaves():

@@ -1,7 +1,7 @@
 """TIES and its relatives in plain numpy, one line a formula.
 
 Written from the formulas of the TIES paper (Yadav et al. 2023) and of its
-published notebook: trim by the k-th largest magnitude, elect the sign of the
+published code: trim by a magnitude's rank, elect the sign of the
 sum, average what agrees. Leaves are lists of float arrays, one list a model.
 """
 
@@ -20,17 +20,23 @@ def unflat(vector, leaves):
   return [p.reshape(np.shape(x)) for p, x in zip(parts, leaves)]
 
 
-def kept(vector, k):
-  """Entries at least as large as the k-th largest magnitude; else 0."""
-  if k == 0:
-    return np.zeros_like(vector)
+def kept(vector, density):
+  """Entries at least as large as the (n - k)-th smallest magnitude, else 0.
+
+  That is `topk_values_mask` of the paper's code, where `kthvalue` counts from
+  one: k + 1 entries pass if none tie.
+  """
   n = len(vector)
-  threshold = np.partition(np.abs(vector), n - k)[n - k]
+  k = n - int(n * density)
+  if k == 0:  # kthvalue(0) is an error there; all entries are the top 100 %
+    return vector
+  threshold = np.sort(np.abs(vector))[k - 1]
   return np.where(np.abs(vector) >= threshold, vector, np.float32(0))
 
 
-def kept_exactly(vector, k):
+def kept_exactly(vector, density):
   """Exactly k entries: ties go to the lowest index."""
+  k = int(density * len(vector))
   order = np.argsort(-np.abs(vector), kind="stable")[:k]
   out = np.zeros_like(vector)
   out[order] = vector[order]
@@ -43,13 +49,9 @@ def trimmed(deltas, density, scope, exact=False):
   result = []
   for delta in deltas:
     if scope == "tree":
-      vector = flat(delta)
-      vector = keep(vector, int(density * len(vector)))
-      result.append(unflat(vector, delta))
+      result.append(unflat(keep(flat(delta), density), delta))
     else:
-      result.append(
-        [keep(x.ravel(), int(density * x.size)).reshape(x.shape) for x in delta]
-      )
+      result.append([keep(x.ravel(), density).reshape(x.shape) for x in delta])
   return result
 
 
