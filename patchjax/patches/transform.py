@@ -205,8 +205,9 @@ def chain(*transforms: Transform) -> Transform:
 
   Example:
     >>> import patchjax as pj
-    >>> pj.chain(pj.ternarize(), pj.merging.mean())
-    chain(ternarize(), mean())
+    >>> pj.chain(pj.trim(density=0.2), pj.merging.mean())
+    chain(trim(density=0.2, exact_k=False, one_more=False, scope='tree'),
+          mean())
   """
   stages = tuple(stage for t in transforms for stage in t.stages)
   if not stages:

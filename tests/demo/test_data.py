@@ -47,7 +47,8 @@ def wheel(index):
   with zipfile.ZipFile(path, "w") as file:
     file.writestr("pj_words/words.txt", "some words")
     file.writestr(
-      f"{info}/METADATA", "Metadata-Version: 2.1\nName: pj-words\nVersion: 1.0\n"
+      f"{info}/METADATA",
+      "Metadata-Version: 2.1\nName: pj-words\nVersion: 1.0\n",
     )
     file.writestr(
       f"{info}/WHEEL",
