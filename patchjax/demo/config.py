@@ -42,7 +42,9 @@ class Config:
     compressed_flips: the same for a compression.
     alpha: chance to accept what is worse by a margin.
     power: chance to accept what is as good, that the planner aims at.
-    bits: bits a number of the proposed compressions, boldest first.
+    compressions: name of each proposed compression and its rules, which
+      leaves to round to how many bits; the boldest first, which is the one
+      of its size that costs least in validation.
     evaluation_batch: texts that are scored at once.
   """
 
@@ -71,5 +73,11 @@ class Config:
   compressed_flips: float = 0.10
   alpha: float = 0.05
   power: float = 0.8
-  bits: tuple[int, ...] = (4, 8)
+  compressions: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = (
+    (
+      "3-4-bit",
+      (("layers/.*/attention/.*/kernel", 3), ("layers/.*/mlp/.*/kernel", 4)),
+    ),
+    ("4-bit", (("layers/.*/kernel", 4),)),
+  )
   evaluation_batch: int = 64

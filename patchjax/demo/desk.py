@@ -23,10 +23,14 @@ from patchjax.vetting import (
   uses,
 )
 
-MAINTAINERS = "maintainers"
+MAINTAINERS = "CLAMP"
+
+_RECENT = 6  # versions in memory, of 90 MB each
 
 NOTE = "demo"
 """Kind of the annotation from which `patchjax.demo.suite` finds its parts."""
+
+_SHORT = {"accepted": "accepted", "refused": "refused", "undecided": "open"}
 
 
 class Desk:
@@ -64,6 +68,7 @@ class Desk:
     self.problems: list[str] = []
     self.facts: dict[str, Any] = {}
     self._known: dict[str, Outcomes] = {}
+    self._recent: dict[str, Any] = {}
     self._parts: dict[tuple[str, str], np.ndarray] = {}
     self.folder = tempfile.TemporaryDirectory(prefix="patchjax-demo-")
 
@@ -97,7 +102,7 @@ class Desk:
     tree = self.repo.show(ref).tree
     if tree not in self._known:
       self._known[tree] = self.suite.run(
-        self.repo.checkout(ref), subject=tree, progress=True
+        self.checkout(ref), subject=tree, progress=True
       )
     return self._known[tree]
 
@@ -122,19 +127,28 @@ class Desk:
     self.echo(f"{new} against {old}\n{verdict}")
     return verdict
 
+  def checkout(self, ref: str) -> Any:
+    """A version; the last few stay in memory, for they are wanted again."""
+    tree = self.repo.show(ref).tree
+    if tree not in self._recent:
+      self._recent[tree] = self.repo.checkout(ref)
+      for old in list(self._recent)[:-_RECENT]:
+        del self._recent[old]
+    return self._recent[tree]
+
   def outcome(self, ref: str, task: str) -> np.ndarray:
     """Zero-shot outcomes of a version on one test: no more than is asked."""
     tree = self.repo.show(ref).tree
     if tree in self._known:
       return self._known[tree].values[task]
     if (tree, task) not in self._parts:
-      params = self.repo.checkout(ref)
+      params = self.checkout(ref)
       self._parts[tree, task] = self.scorer.outcomes(params, task)
     return self._parts[tree, task]
 
   def validation(self, ref: str, task: str) -> float:
     """Mean score of a version on validation texts."""
-    params = self.repo.checkout(ref)
+    params = self.checkout(ref)
     return float(self.scorer.outcomes(params, task, "validation").mean())
 
   def keep(self, outcomes: Outcomes) -> None:
@@ -159,7 +173,7 @@ class Desk:
       kind,
       self.facts[f"{branch}, bytes"],
       self.outcomes(branch).values,
-      "released" if version else verdict.outcome,
+      "released" if version else _SHORT[verdict.outcome],
     )
 
   def add_line(

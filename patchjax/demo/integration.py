@@ -28,12 +28,12 @@ def integrate(desk: Desk, claims: Mapping[str, str]) -> bool:
   Returns:
     Whether there was one.
   """
-  base = desk.repo.checkout("v1.0.0")
+  base = desk.checkout("v1.0.0")
   merges = {}
   others = [_OTHER_MASK.get(branch, branch) for branch in claims]
   for parents in (list(claims), others):
     found = pj.merging.conflicts(
-      base, [desk.repo.checkout(branch) for branch in parents]
+      base, [desk.checkout(branch) for branch in parents]
     ).total
     desk.echo(
       f"{' and '.join(parents)} change {found.changed:.3%} of the model's"
@@ -133,7 +133,7 @@ def _take(desk: Desk, branch: str) -> str:
   # Main holds the proposal that this merge does without: its value replaces
   # main's, and the history of both is kept.
   desk.repo.commit(
-    desk.repo.checkout(branch),
+    desk.checkout(branch),
     message=f"Take {branch}",
     parents=[main, tip],
     author=MAINTAINERS,
@@ -143,6 +143,6 @@ def _take(desk: Desk, branch: str) -> str:
 
 def _patch_bytes(desk: Desk, branch: str) -> int:
   """What the merge's difference to the release takes as a patch."""
-  both = [desk.repo.checkout(ref) for ref in ("v1.0.0", branch)]
+  both = [desk.checkout(ref) for ref in ("v1.0.0", branch)]
   patch = pj.compress(pj.diff(*both, only="layers/.*"))
   return int(np.int64(patch.nbytes))

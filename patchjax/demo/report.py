@@ -108,7 +108,7 @@ class Report:
           line.author,
           line.kind,
           f"{held / 1e6:.2f}",
-          f"{100 * held / self.checkpoint:.2f}",
+          f"{100 * held / self.checkpoint:.3g}",
           *(
             interval(line.scores[task], digits=0) if task in line.scores else ""
             for task in tasks

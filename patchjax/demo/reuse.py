@@ -46,7 +46,7 @@ def compare(desk: Desk, ref: str) -> None:
   suite = evidence.part_of(desk.suite, names)
   released = desk.outcomes("v1.0.0").values
   old = suite.outcomes({name: released[name] for name in names})
-  params = desk.repo.checkout(ref)
+  params = desk.checkout(ref)
   scoring, tuning, scoring_again = (report.Cost() for _ in range(3))
   stored, fresh = {}, {}
   for task, name in zip(tasks, names):
@@ -107,7 +107,7 @@ def climb(
   if len(tasks) < len(failing):
     return verdict
   commit = desk.repo.show(branch)
-  params = desk.repo.checkout(branch)
+  params = desk.checkout(branch)
   values = dict(desk.outcomes(branch).values)
   for task in tasks:
     name = evidence.tuned_name(task)

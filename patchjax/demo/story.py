@@ -131,7 +131,7 @@ class Story(Desk):
     else:
       self.problems.append("the gate did not accept Ducksville's patch")
     if "control" in proposals:
-      params = self.repo.checkout("control")
+      params = self.checkout("control")
       scores = {"tweets": self.scorer.outcomes(params, "tweets")}
       nbytes = self.facts["control, bytes"]
       self.add_line("control", DUCKSVILLE, "random", nbytes, scores, "control")
@@ -156,14 +156,14 @@ class Story(Desk):
   def chakraborty(self) -> None:
     """Event 6: a bold compression and a lighter one, slice by slice."""
     release = f"v{self.releases[-1]}"
-    base = self.repo.checkout(release)
+    base = self.checkout(release)
     leaves = pj.trees.named_leaves(base)
-    kernels = pj.select(base, "layers/.*/kernel")
     accepted, betrayed = [], []
-    for bits in self.config.bits:
-      branch = f"{bits}-bit"
+    for branch, rules in self.config.compressions:
       codes = {
-        name: pj.patches.quantized(leaves[name], bits=bits) for name in kernels
+        name: pj.patches.quantized(leaves[name], bits=bits)
+        for only, bits in rules
+        for name in pj.select(base, only)
       }
       patch = pj.Patch(
         {name: Delta(code, "set") for name, code in codes.items()},
@@ -188,7 +188,7 @@ class Story(Desk):
         f" {'within' if close else 'not within'} the"
         f" {100 * self.config.mean_margin:g} point it claims; {verdict.outcome}"
       )
-      self.add_verdict(branch, CHAKRABORTY, branch, verdict)
+      self.add_verdict(branch, CHAKRABORTY, "bits", verdict)
       failed = [row for row in verdict.rows if row.result == "fail"]
       if verdict.accepted:
         accepted.append(branch)

@@ -209,6 +209,9 @@ def _step(top, base, patch, values, state, batch, questions, numbers):
     kept = jnp.sum(jnp.exp(before) * (before - after), axis=-1)
     return loss + weight * jnp.mean(kept)
 
-  updates, state = _ADAM.update(jax.grad(loss_of)(values), state)
+  gradients = jax.grad(loss_of)(values)
+  # Adam raises a float to an integer power, which strict promotion refuses.
+  with jax.numpy_dtype_promotion("standard"):
+    updates, state = _ADAM.update(gradients, state)
   values = jax.tree.map(lambda v, u: v - rate * u, values, updates)
   return values, state

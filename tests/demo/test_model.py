@@ -90,9 +90,7 @@ def test_initial_has_the_structure_of_a_checkpoint(checkpoint):
 
 
 def test_the_default_shape_is_minilm():
-  made = jax.eval_shape(
-    lambda: model.initial(jax.random.key(0), model.MINILM)
-  )
+  made = jax.eval_shape(lambda: model.initial(jax.random.key(0), model.MINILM))
   assert sum(x.size for x in jax.tree.leaves(made)) == 22_713_216
 
 

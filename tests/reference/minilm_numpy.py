@@ -64,7 +64,9 @@ def encode(tensors, ids, *, layers, heads):
     x = norm(x + attended, f"{name}.attention.output.LayerNorm")
     hidden = linear(x, f"{name}.intermediate.dense")
     hidden = hidden * 0.5 * (1.0 + _erf(hidden / math.sqrt(2.0)))
-    x = norm(x + linear(hidden, f"{name}.output.dense"), f"{name}.output.LayerNorm")
+    x = norm(
+      x + linear(hidden, f"{name}.output.dense"), f"{name}.output.LayerNorm"
+    )
   mean = x.mean(axis=0)
   return mean / np.linalg.norm(mean)
 
