@@ -61,22 +61,26 @@ labels = np.where(rng.random(256) < 0.2, (labels + 1) % 4, labels)
 batch = (inputs, labels)
 
 
-def fit(patch, steps=30, rate=3e-2):
+optimizer = optax.adam(3e-2)
+
+
+@jax.jit
+def step(patch, values, state):
+  _, rebuild = pj.trainable(patch)
+
+  def loss(v):
+    return cross_entropy(pj.apply(base, rebuild(v)), batch)
+
+  updates, state = optimizer.update(jax.grad(loss)(values), state)
+  return optax.apply_updates(values, updates), state
+
+
+def fit(patch, steps=30):
   """Trains a patch; the base is never differentiated."""
   values, rebuild = pj.trainable(patch)
-  optimizer = optax.adam(rate)
   state = optimizer.init(values)  # of the patch's size
-
-  @jax.jit
-  def step(values, state):
-    def loss(v):
-      return cross_entropy(pj.apply(base, rebuild(v)), batch)
-
-    updates, state = optimizer.update(jax.grad(loss)(values), state)
-    return optax.apply_updates(values, updates), state
-
   for _ in range(steps):
-    values, state = step(values, state)
+    values, state = step(patch, values, state)
   return rebuild(values)
 
 
