@@ -76,7 +76,7 @@ class Config:
   compressions: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = (
     (
       "3-4-bit",
-      (("layers/.*/attention/.*/kernel", 3), ("layers/.*/mlp/.*/kernel", 4)),
+      (("layers/[0-3]/.*/kernel", 4), ("layers/[45]/.*/kernel", 3)),
     ),
     ("4-bit", (("layers/.*/kernel", 4),)),
   )

@@ -93,8 +93,15 @@ class Desk:
     self.repo.commit(
       path, message=f"Patch of {author}", branch=branch, author=author
     )
-    self.facts[f"{branch}, bytes"] = path.stat().st_size
-    self.echo(f"{branch}: a file of {path.stat().st_size:,} bytes")
+    nbytes = path.stat().st_size
+    whole = sum(
+      leaf.nbytes for leaf in pj.trees.named_leaves(self.scorer.base).values()
+    )
+    self.facts[f"{branch}, bytes"] = nbytes
+    self.echo(
+      f"{branch}: a patch file of {nbytes:,} bytes,"
+      f" {100 * nbytes / whole:.2f} % of the checkpoint"
+    )
     return patch
 
   def outcomes(self, ref: str) -> Outcomes:

@@ -108,7 +108,6 @@ class Report:
           line.author,
           line.kind,
           f"{held / 1e6:.2f}",
-          f"{100 * held / self.checkpoint:.3g}",
           *(
             interval(line.scores[task], digits=0) if task in line.scores else ""
             for task in tasks
@@ -116,12 +115,12 @@ class Report:
           line.verdict,
         ]
       )
-    columns = ["version", "author", "kind", "MB", "%", *tasks, "verdict"]
+    columns = ["version", "author", "kind", "MB", *tasks, "verdict"]
     text = table(columns, rows)
     text += (
-      "\nMB: of the patch file (of a merge: of its difference to 1.0.0); %: of"
-      f" the {size_text(self.checkpoint)} checkpoint;\nscores with 95 %"
-      " intervals, on test texts."
+      "\nMB: of the patch file (of a merge: of its difference to 1.0.0) or the"
+      f" {size_text(self.checkpoint)} checkpoint;\nscores on test texts, in"
+      " points, with the half width of a 95 % interval"
     )
     released = ", ".join(self.releases) or "nothing"
     rejected = ", ".join(self.rejected) or "nothing"
