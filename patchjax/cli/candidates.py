@@ -218,14 +218,20 @@ def release(
 
 @click.command()
 @click.argument("directory", default="clamp-demo")
-def demo(directory: str) -> None:
+@click.option(
+  "--force", is_flag=True, help="Replace the repository at DIRECTORY."
+)
+def demo(directory: str, force: bool) -> None:
   """Release, patch, merge, vet and release again a real model.
 
-  Writes the repository DIRECTORY, on which the other verbs then work.
+  Writes the repository DIRECTORY, on which the other verbs then work. If it
+  exists it is kept, and DIRECTORY-2, -3, ... is written. Exits with 1 if the
+  data did not lead to both releases and a rejection.
   """
   from patchjax.demo import run
 
-  run(directory)
+  if run(directory, force=force).problems:
+    sys.exit(1)
 
 
 def _method(name: str, arguments: dict[str, Any]) -> Any:
