@@ -230,7 +230,11 @@ def demo(directory: str, force: bool) -> None:
   """
   from patchjax.demo import run
 
-  if run(directory, force=force).problems:
+  try:
+    report = run(directory, force=force)
+  except ImportError as error:
+    raise click.UsageError(str(error)) from error
+  if report.problems:
     sys.exit(1)
 
 
