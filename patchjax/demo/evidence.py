@@ -1,5 +1,6 @@
 """What the maintainers of CLAMP demand: the suite, its sizes, its policies."""
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -166,16 +167,15 @@ def planned_sizes(
   Returns:
     Number of texts by task, as `patchjax.vetting.plan` gives it.
   """
-  errors = {"alpha": config.alpha, "power": config.power}
+  aim = functools.partial(plan, alpha=config.alpha, power=config.power)
   sizes = {}
   for task, share in discordance.items():
-    sizes[task] = plan(config.task_margin, max(share, 0.01), **errors)
+    sizes[task] = aim(config.task_margin, max(share, 0.01))
     if task in claimed:
-      needed = plan(
+      needed = aim(
         config.parent_margin,
         config.parent_discordance,
         difference=config.parent_difference,
-        **errors,
       )
       sizes[task] = max(sizes[task], needed)
   return sizes

@@ -15,7 +15,7 @@ from patchjax.demo.story import Story
 from patchjax.history import Repo
 from patchjax.trees import errors
 from patchjax.trees.names import named_leaves
-from patchjax.vetting import Suite
+from patchjax.vetting import Policy, Suite
 
 
 def run(
@@ -166,6 +166,16 @@ def suite() -> Suite:
     patches,
     {task: repo.show(branch).tree for task, branch in branches.items()},
   )
+
+
+def policy() -> Policy:
+  """What the maintainers ask of a contribution."""
+  return evidence.contribution_policy(Config())
+
+
+def compression_policy() -> Policy:
+  """What the maintainers ask of a compression."""
+  return evidence.compression_policy(Config())
 
 
 def _is_repository(place: pathlib.Path) -> bool:

@@ -20,6 +20,7 @@ import patchjax as pj
 from patchjax.demo import model
 from patchjax.demo.config import Config
 from patchjax.demo.scoring import Scorer, logits
+from patchjax.patches import Delta, Sparse
 
 
 def upper_layers(scorer: Scorer) -> str:
@@ -162,24 +163,27 @@ def _padded(patch: pj.Patch, scorer: Scorer) -> pj.Patch:
   filled up with ones past the end, which `Sparse` defines as padding. Other
   patches are returned as they are.
   """
-  codes = [delta.code for delta in patch.deltas.values()]
-  if not all(isinstance(code, pj.patches.Sparse) for code in codes):
-    return patch
+  codes: dict[str, Sparse] = {}
+  for name, delta in patch.deltas.items():
+    code = delta.code if isinstance(delta, Delta) else None
+    if not isinstance(code, Sparse):
+      return patch
+    codes[name] = code
   leaves = pj.trees.named_leaves(scorer.base)
   # A leaf is filled up to a power of two that a mask hardly ever exceeds.
-  most = max(code.indices.size for code in codes)
+  most = max(code.indices.size for code in codes.values())
   deltas = {}
   for name in pj.select(scorer.base, upper_layers(scorer)):
     shape, size = leaves[name].shape, leaves[name].size
     room = min(size, max(2**15, 1 << (most - 1).bit_length()))
     indices = np.arange(size, size + room, dtype=np.int32)
     values = np.zeros(room, np.float32)
-    if name in patch.deltas:
-      code = patch.deltas[name].code
-      held = len(code.indices)
-      indices[:held], values[:held] = code.indices, code.values
-    deltas[name] = pj.patches.Delta(
-      pj.patches.Sparse(jnp.asarray(values), jnp.asarray(indices), shape), "add"
+    if name in codes:
+      held = codes[name].indices.size
+      indices[:held] = codes[name].indices
+      values[:held] = codes[name].entries()
+    deltas[name] = Delta(
+      Sparse(jnp.asarray(values), jnp.asarray(indices), shape), "add"
     )
   return patch.replace(deltas)
 
