@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 import patchjax as pj
 from patchjax.demo import evidence, report
@@ -108,9 +109,13 @@ class Desk:
     """Scores a version once."""
     tree = self.repo.show(ref).tree
     if tree not in self._known:
-      self._known[tree] = self.suite.run(
-        self.checkout(ref), subject=tree, progress=True
-      )
+      params = self.checkout(ref)
+      values = {}
+      for test in tqdm(self.suite.tests, desc=f"scoring {ref}", leave=False):
+        # A merge has been scored on its parents' claims already.
+        done = self._parts.get((tree, test.name))
+        values[test.name] = test.evaluate(params) if done is None else done
+      self._known[tree] = self.suite.outcomes(values, subject=tree)
     return self._known[tree]
 
   def gate(
