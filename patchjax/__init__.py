@@ -9,8 +9,9 @@ Example:
   True
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from patchjax.trees.lazy import attach
 
 if TYPE_CHECKING:
   from patchjax.history import Repo as Repo
@@ -41,24 +42,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = (
-  "trees",
-  "patches",
-  "statistics",
-  "tuning",
-  "merging",
-  "history",
-  "vetting",
-  "releases",
-  "interop",
-  "cli",
-  "demo",
-)
-
-# Where each flat name lives.
-_HOME = {
-  name: package
-  for package, names in {
+# Where each flat name lives, and the subpackages.
+__getattr__, __dir__ = attach(
+  __name__,
+  {
     "trees": "PatchjaxError check_compatible rename select",
     "patches": (
       "Patch Transform apply chain check_base compose compress diff from_spec"
@@ -67,20 +54,18 @@ _HOME = {
     "merging": "merge scale",
     "history": "Repo",
     "releases": "release",
-  }.items()
-  for name in names.split()
-}
-
-
-def __getattr__(name: str) -> Any:
-  if name in _SUBPACKAGES:
-    return importlib.import_module(f"{__name__}.{name}")
-  if name in _HOME:
-    home = importlib.import_module(f"{__name__}.{_HOME[name]}")
-    value = globals()[name] = getattr(home, name)
-    return value
-  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-  return sorted({"__version__", *_SUBPACKAGES, *_HOME})
+  },
+  modules=(
+    "trees",
+    "patches",
+    "statistics",
+    "tuning",
+    "merging",
+    "history",
+    "vetting",
+    "releases",
+    "interop",
+    "cli",
+    "demo",
+  ),
+)

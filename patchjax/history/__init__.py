@@ -4,8 +4,9 @@
 jax, orbax nor tensorstore; what touches arrays is imported on first use.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from patchjax.trees.lazy import attach
 
 if TYPE_CHECKING:
   from patchjax.history.differences import TreeDiff as TreeDiff
@@ -13,21 +14,12 @@ if TYPE_CHECKING:
   from patchjax.history.objects import Commit as Commit
   from patchjax.history.repo import Repo as Repo
 
-_HOME = {
-  "Commit": "objects",
-  "FsckReport": "fsck",
-  "Repo": "repo",
-  "TreeDiff": "differences",
-}
-
-
-def __getattr__(name: str) -> Any:
-  if name not in _HOME:
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  module = importlib.import_module(f"{__name__}.{_HOME[name]}")
-  value = globals()[name] = getattr(module, name)
-  return value
-
-
-def __dir__() -> list[str]:
-  return sorted(_HOME)
+__getattr__, __dir__ = attach(
+  __name__,
+  {
+    "differences": "TreeDiff",
+    "fsck": "FsckReport",
+    "objects": "Commit",
+    "repo": "Repo",
+  },
+)

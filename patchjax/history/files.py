@@ -172,6 +172,7 @@ class Files:
       # A lost swap does not raise: it answers with an empty generation.
       written = store.write(key, new, if_equal=found.stamp.generation).result()
     except (ValueError, OSError, NotImplementedError) as error:
+      # The last is TensorStore's word for what a file system does not do.
       raise RepositoryError(
         f"could not write {self.path(key)}: {error}\n"
         "free some space or make the path writable, and try again; what "

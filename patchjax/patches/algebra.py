@@ -61,11 +61,9 @@ def add(first: Patch, second: Patch) -> Patch:
         second.structure.leaves,
         what="the second patch's base",
       )
-  for patch in (first, second):
-    _all_additive(patch, "added")
-  deltas = dict(first.deltas)
-  for name, delta in second.deltas.items():
-    deltas[name] = join(name, deltas[name], delta) if name in deltas else delta  # pyright: ignore[reportArgumentType]
+  deltas, more = _additive(first, "added"), _additive(second, "added")
+  for name, delta in more.items():
+    deltas[name] = join(name, deltas[name], delta) if name in deltas else delta
   return first.replace(
     deltas,
     structure=first.structure or second.structure,
@@ -91,10 +89,9 @@ def multiply(patch: Patch, number: Any) -> Patch:
   """
   if isinstance(number, Patch) or np.shape(number) != ():
     return NotImplemented
-  _all_additive(patch, "scaled")
   deltas = {
-    name: dataclasses.replace(delta, code=_scaled(delta.code, number))  # pyright: ignore
-    for name, delta in patch.deltas.items()
+    name: dataclasses.replace(delta, code=_scaled(delta.code, number))
+    for name, delta in _additive(patch, "scaled").items()
   }
   return patch.replace(deltas)
 
@@ -127,17 +124,24 @@ def _narrow(x: Any) -> None:
     )
 
 
-def _all_additive(patch: Patch, what: str) -> None:
+def _additive(patch: Patch, what: str) -> dict[str, Delta]:
+  """The deltas of a patch, all of law `add`."""
+  deltas = {
+    name: delta
+    for name, delta in patch.deltas.items()
+    if isinstance(delta, Delta) and delta.law == "add"
+  }
   bad = [
     f"{name} ({kind_of(delta)})"
     for name, delta in patch.deltas.items()
-    if not (isinstance(delta, Delta) and delta.law == "add")
+    if name not in deltas
   ]
   if bad:
     raise LawError(
       f"only patches of law 'add' can be {what}, found: {', '.join(bad)}; "
       "make an arithmetic one with `diff(base, apply(base, patch))`"
     )
+  return deltas
 
 
 def norm(patch: Patch) -> jax.Array:
@@ -161,11 +165,10 @@ def norm(patch: Patch) -> jax.Array:
     >>> float(pj.norm(pj.diff(a, b)))
     5.0
   """
-  _all_additive(patch, "measured")
+  deltas = _additive(patch, "measured")
   table = patch.structure.leaves if patch.structure is not None else {}
   total = jnp.zeros((), jnp.float32)
-  for name, delta in patch.deltas.items():
-    assert isinstance(delta, Delta)
+  for name, delta in deltas.items():
     code = delta.code
     square = number_on_mesh(_square, code)
     if isinstance(code, Dense) and name in table and code.values.size:

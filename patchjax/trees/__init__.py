@@ -4,8 +4,9 @@ The modules are imported on first use: errors, names' text form and reports
 are wanted by commands that must start without jax.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from patchjax.trees.lazy import attach
 
 if TYPE_CHECKING:
   from patchjax.trees.check import check_compatible as check_compatible
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
   from patchjax.trees.report import table as table
   from patchjax.trees.selectors import select as select
 
-_HOME = {
-  name: module
-  for module, names in {
+__getattr__, __dir__ = attach(
+  __name__,
+  {
     "check": "check_compatible",
     "digest": "Entry canonical_json leaf_digest tree_id tree_objects",
     "dtypes": "dtype_name",
@@ -36,20 +37,5 @@ _HOME = {
     "renaming": "rename",
     "report": "table",
     "selectors": "select",
-  }.items()
-  for name in names.split()
-}
-
-
-def __getattr__(name: str) -> Any:
-  if name not in _HOME:
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  # No module here is called as one of these names: importing it would bind
-  # the module under the name of its function.
-  module = importlib.import_module(f"{__name__}.{_HOME[name]}")
-  value = globals()[name] = getattr(module, name)
-  return value
-
-
-def __dir__() -> list[str]:
-  return sorted(_HOME)
+  },
+)

@@ -13,7 +13,10 @@ KEY = jax.random.key(5)
 
 def base():
   rng = np.random.default_rng(0)
-  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+
+  def draw(*shape):
+    return rng.standard_normal(shape).astype(np.float32)
+
   return {
     "dense": {"kernel": draw(16, 8), "bias": draw(8)},
     "query": draw(8, 4, 2),
