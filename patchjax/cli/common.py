@@ -34,11 +34,11 @@ def open_repo() -> Repo:
 
   here = pathlib.Path.cwd()
   try:
-    return Repo.open(here)
+    return Repo(here)
   except NotARepositoryError:
     for parent in here.parents:
       with contextlib.suppress(NotARepositoryError):
-        return Repo.open(parent)
+        return Repo(parent)
     raise
 
 

@@ -75,7 +75,7 @@ def _place(
     return directory
   if force:
     try:
-      Repo.open(directory)
+      Repo(directory)
     except errors.NotARepositoryError as error:
       raise errors.RepositoryError(
         f"{directory} is not empty and no patchjax repository: it is not"
@@ -133,7 +133,7 @@ def suite() -> Suite:
   """
   here = pathlib.Path.cwd()
   roots = [place for place in (here, *here.parents) if _is_repository(place)]
-  repo = Repo.open(roots[0] if roots else here)
+  repo = Repo(roots[0] if roots else here)
   notes = repo.annotations("v1.0.0", NOTE)
   if not notes:
     raise errors.RefNotFoundError(
@@ -180,7 +180,7 @@ def compression_policy() -> Policy:
 
 def _is_repository(place: pathlib.Path) -> bool:
   try:
-    Repo.open(place)
+    Repo(place)
   except errors.NotARepositoryError:
     return False
   return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from patchjax.history import encodings, payloads
 from patchjax.trees.errors import RepositoryError
 from patchjax.trees.names import nested, split
 
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
   from patchjax.history.repo import Repo
 
 
-def export(repo: Repo, ref: str, path: str) -> None:
+def export(repo: Repo, ref: str, path: str | os.PathLike[str]) -> None:
   """Writes a version as a plain Orbax checkpoint.
 
   `orbax.checkpoint.v1.load(path)` gives nested dicts of arrays. What Orbax
@@ -31,6 +30,8 @@ def export(repo: Repo, ref: str, path: str) -> None:
       left to write.
     IntegrityError: if stored bits are missing or damaged.
   """
+  from patchjax.history import encodings, payloads
+
   path = os.path.abspath(os.path.expanduser(path))
   if os.path.exists(path):
     raise RepositoryError(f"{path} exists already; choose a new folder")

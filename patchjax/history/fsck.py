@@ -11,14 +11,13 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from patchjax.history import encodings
 from patchjax.history.objects import is_id, key_of
 from patchjax.history.refs import HEADS, NOTES, TAGS
-from patchjax.trees.digest import Entry
 from patchjax.trees.errors import IntegrityError, PatchjaxError
 
 if TYPE_CHECKING:
   from patchjax.history.repo import Repo
+  from patchjax.trees.digest import Entry
 
 Progress = Callable[[str, int, int], None]
 
@@ -272,6 +271,8 @@ class _Check:
 
   def _leaves(self) -> set[str]:
     """Verifies every leaf in every place; returns the packs they need."""
+    from patchjax.history import encodings
+
     used: set[str] = set()
     batch: dict[str, Entry] = {}
     size = 0

@@ -7,7 +7,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchjax.history import committing, graph
+from patchjax.history import graph
 from patchjax.history.refs import HEADS
 from patchjax.trees.errors import RepositoryError
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 _VERSIONED = ("patchjax", "jax", "jaxlib", "numpy", "orbax-checkpoint")
 
 
-def merge_base(repo: Repo, refs: Sequence[str]) -> str:
-  """Returns the id of the best common ancestor; see `Repo.merge_base`.
+def merge_base(repo: Repo, *refs: str) -> str:
+  """Returns the id of the best common ancestor of versions.
 
   Args:
     repo: the repository.
-    refs: two or more refs.
+    *refs: two or more refs.
 
   Raises:
     RepositoryError: if there is none, or more than one.
@@ -50,7 +50,7 @@ def merge_base(repo: Repo, refs: Sequence[str]) -> str:
 def merge(
   repo: Repo,
   target: str,
-  refs: Sequence[str],
+  refs: Sequence[str] | str,
   *,
   method: Any,
   base: str | None = None,
@@ -72,7 +72,7 @@ def merge(
   Args:
     repo: the repository.
     target: the branch to merge into; its tip is the first contributor.
-    refs: the versions to merge.
+    refs: the version or versions to merge.
     method: a merge method, such as `patchjax.merging.ties(density=0.2)`.
     base: ref of the version that contributions are measured from; by default
       the merge base of all.
@@ -89,6 +89,9 @@ def merge(
     ConflictError: if somebody else moved the branch in the meantime.
     MismatchError: if the versions differ in structure.
   """
+  from patchjax.history import committing
+
+  refs = [refs] if isinstance(refs, str) else refs
   objects = repo.objects
   tip = repo.refs.must(HEADS, target)
   seen = graph.ancestors([tip], objects)
@@ -99,7 +102,7 @@ def merge(
       tips.append(commit)
   if len(tips) == 1:
     return tip  # everything is contained already
-  base_id = merge_base(repo, tips) if base is None else repo.resolve(base)
+  base_id = merge_base(repo, *tips) if base is None else repo.resolve(base)
   base_commit = objects.commit(base_id)
   contributing = [
     commit

@@ -7,13 +7,13 @@ import tempfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from patchjax.trees.digest import Entry
 from patchjax.trees.errors import BaseMismatchError, RepositoryError
 
 if TYPE_CHECKING:
   from patchjax.history.objects import Commit
   from patchjax.history.repo import Repo
   from patchjax.patches import Patch
+  from patchjax.trees.digest import Entry
 
 
 def is_patch(value: Any) -> bool:
@@ -124,18 +124,22 @@ def _file_of(patch: Patch) -> bytes:
       return file.read()
 
 
-def patch_of(repo: Repo, commit: Commit) -> Patch:
-  """Returns the patch that made a version; see `Repo.patch_of`.
+def patch_of(repo: Repo, ref: str = "main") -> Patch:
+  """Returns the patch that made a version.
+
+  The file that was submitted, if it was one; else the exact difference
+  (law `bits`) to its first parent.
 
   Args:
     repo: the repository.
-    commit: the version.
+    ref: the version.
 
   Raises:
     RepositoryError: if the version is the first of its history.
   """
   from patchjax.patches import Patch, diff
 
+  commit = repo.show(ref)
   if commit.patch is not None:
     data = repo.objects.read(commit.patch)
     with tempfile.TemporaryDirectory() as folder:

@@ -21,8 +21,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchjax.history import graph, layout, notes
+from patchjax.history import (
+  exporting,
+  graph,
+  layout,
+  merges,
+  notes,
+  proposals,
+)
 from patchjax.history.files import Files
+from patchjax.history.fsck import check
 from patchjax.history.objects import Commit, Objects
 from patchjax.history.refs import HEADS, TAGS, Refs
 from patchjax.trees.errors import (
@@ -32,11 +40,9 @@ from patchjax.trees.errors import (
 
 if TYPE_CHECKING:
   from patchjax.history.differences import TreeDiff
-  from patchjax.history.fsck import FsckReport
   from patchjax.history.index import Index
   from patchjax.history.reading import LeafReader
   from patchjax.history.writing import LeafWriter
-  from patchjax.patches import Patch
   from patchjax.trees.digest import Entry
 
 # Modules that touch arrays are imported by the methods that need them: `log`
@@ -69,7 +75,15 @@ class Repo:
   """
 
   def __init__(self, path: str | os.PathLike[str]):
-    """Opens a repository; use `Repo.open` or `Repo.init`."""
+    """Opens a repository; `Repo.init` creates one.
+
+    Args:
+      path: its folder.
+
+    Raises:
+      NotARepositoryError: if it is none.
+      FormatError: if it was written by a newer version.
+    """
     self.path = layout.local(path)
     self.files = Files(self.path)
     layout.check(self.files)
@@ -93,19 +107,6 @@ class Repo:
       {}
     """
     layout.create(Files(layout.local(path)))
-    return cls(path)
-
-  @classmethod
-  def open(cls, path: str | os.PathLike[str] = ".") -> Repo:
-    """Opens a repository.
-
-    Args:
-      path: its folder.
-
-    Raises:
-      NotARepositoryError: if it is none.
-      FormatError: if it was written by a newer version.
-    """
     return cls(path)
 
   @classmethod
@@ -352,62 +353,6 @@ class Repo:
 
     return differences.compare(self.tree(a), self.tree(b), self.reader)
 
-  def merge_base(self, *refs: str) -> str:
-    """Returns the id of the best common ancestor of versions.
-
-    Args:
-      *refs: two or more refs.
-
-    Raises:
-      RepositoryError: if there is none, or more than one.
-    """
-    from patchjax.history import merges
-
-    return merges.merge_base(self, refs)
-
-  def merge(
-    self,
-    target: str,
-    refs: Sequence[str] | str,
-    *,
-    method: Any,
-    base: str | None = None,
-    message: str | None = None,
-    author: str | None = None,
-    time: datetime.datetime | float | None = None,
-    fast_forward: bool = True,
-  ) -> str:
-    """Merges versions into a branch; see `merges.merge`."""
-    from patchjax.history import merges
-
-    return merges.merge(
-      self,
-      target,
-      [refs] if isinstance(refs, str) else list(refs),
-      method=method,
-      base=base,
-      message=message,
-      author=author,
-      time=time,
-      fast_forward=fast_forward,
-    )
-
-  def patch_of(self, ref: str = "main") -> Patch:
-    """Returns the patch that made a version.
-
-    The file that was submitted, if it was one; else the exact difference
-    (law `bits`) to its first parent.
-
-    Args:
-      ref: see the class.
-
-    Raises:
-      RepositoryError: if the version is the first of its history.
-    """
-    from patchjax.history import proposals
-
-    return proposals.patch_of(self, self.show(ref))
-
   def annotate(
     self,
     ref: str,
@@ -450,14 +395,9 @@ class Repo:
     """
     return notes.read(self.objects, self.refs, self.resolve(ref), kind)
 
-  def fsck(self, *, progress: Any = None) -> FsckReport:
-    """Verifies every object, ref, payload and leaf; see `fsck.check`."""
-    from patchjax.history import fsck
-
-    return fsck.check(self, progress=progress)
-
-  def export(self, ref: str, path: str | os.PathLike[str]) -> None:
-    """Writes a version as a plain Orbax checkpoint; see `exporting.export`."""
-    from patchjax.history import exporting
-
-    exporting.export(self, ref, os.fspath(path))
+  # Verbs that live in modules of their own: functions of a repository.
+  merge_base = merges.merge_base
+  merge = merges.merge
+  patch_of = proposals.patch_of
+  fsck = check
+  export = exporting.export

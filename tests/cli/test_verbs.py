@@ -113,7 +113,7 @@ def test_commit_and_checkout_all_kinds_of_files(work, name):
 
 def test_commit_of_a_patch_file_applies_and_keeps_it(work):
   made = run_json("-C", "repo", "commit", "../fix.safetensors", "-m", "fix")
-  repo = pj.Repo.open("repo")
+  repo = pj.Repo("repo")
   assert (
     repo.objects.read(repo.show("main").patch)
     == (work / "fix.safetensors").read_bytes()
@@ -131,9 +131,9 @@ def test_patch_files_may_have_any_name(work):
   shutil.copy("fix.safetensors", "fix")
   run("-C", "repo", "apply", "main", "../fix", "-o", "../a.npz")
   run("-C", "repo", "commit", "../0001-fix.patch", "-m", "fix")
-  assert pj.Repo.open("repo").show("main").patch is not None
+  assert pj.Repo("repo").show("main").patch is not None
   assert trees.tree_id(interop.load_params("a.npz")) == trees.tree_id(
-    pj.Repo.open("repo").checkout("main")
+    pj.Repo("repo").checkout("main")
   )
   for name in ("fix", "fix.safetensors"):
     text = run("diff", name, "base.safetensors", code=2)
@@ -234,7 +234,7 @@ def test_diff_of_refs_and_of_files_agree(work):
 
 def test_merge_with_and_without_options(work):
   made = run_json("-C", "repo", "merge", "duck", "fid", "-m", "both")
-  repo = pj.Repo.open("repo")
+  repo = pj.Repo("repo")
   assert len(made["parents"]) == 3
   assert "Merge:  " in run("-C", "repo", "log")
   assert "recipe: " in run("-C", "repo", "show")

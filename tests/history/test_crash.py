@@ -32,7 +32,7 @@ def start(repo, name, first, count):
 
 def check(repo, name):
   """Every version is what its message says, whoever died when."""
-  repo = Repo.open(repo.path)
+  repo = Repo(repo.path)
   like = writer.value_of(name, 0)
   history = repo.log("main")
   for commit in history[:-1]:
@@ -98,7 +98,7 @@ def test_death_at_every_storage_operation(monkeypatch):
 
           return call
 
-        fresh = Repo.open(repo.path)
+        fresh = Repo(repo.path)
         with monkeypatch.context() as patched:
           for owner, name in operations:
             patched.setattr(owner, name, dying(getattr(owner, name)))
@@ -109,8 +109,8 @@ def test_death_at_every_storage_operation(monkeypatch):
             break
           except Died:
             deaths += 1
-        assert Repo.open(repo.path).resolve("main") == first
-        assert Repo.open(repo.path).fsck().ok
+        assert Repo(repo.path).resolve("main") == first
+        assert Repo(repo.path).fsck().ok
       assert deaths > 4
       history, report = check(repo, "a")
       assert len(history) == 2
@@ -135,7 +135,7 @@ def test_two_writers_never_lose_a_commit():
 def test_the_loser_is_told():
   with Repo.temporary() as repo:
     first = repo.commit({"x": np.zeros(3)}, message="first")
-    theirs, mine = Repo.open(repo.path), Repo.open(repo.path)
+    theirs, mine = Repo(repo.path), Repo(repo.path)
     theirs.commit({"x": np.ones(3)}, message="theirs", parents=[first])
     try:
       mine.commit({"x": np.full(3, 2.0)}, message="mine", parents=[first])

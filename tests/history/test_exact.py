@@ -65,7 +65,7 @@ def test_every_dtype_round_trips_from_devices():
   }
   with Repo.temporary() as repo:
     repo.commit(value, message="devices")
-    found = Repo.open(repo.path).checkout(like=value)
+    found = Repo(repo.path).checkout(like=value)
     for name, leaf in value.items():
       assert isinstance(found[name], jax.Array)
       assert same(found[name], leaf), name
@@ -91,7 +91,7 @@ def test_prng_keys_keep_their_implementation(impl, count):
   value = {"keys": keys, "one": jax.random.key(2, impl=impl)}
   with Repo.temporary() as repo:
     repo.commit(value, message="keys")
-    found = Repo.open(repo.path).checkout(like=value)
+    found = Repo(repo.path).checkout(like=value)
   for name, leaf in value.items():
     assert found[name].dtype == leaf.dtype
     assert found[name].shape == leaf.shape
@@ -179,7 +179,7 @@ def test_chains_are_bounded_and_exact():
       versions.append(x)
     for version in versions:
       repo.commit({"x": version}, message="step")
-    repo = Repo.open(repo.path)
+    repo = Repo(repo.path)
     repo.index.refresh()
     depths = []
     for back, version in enumerate(reversed(versions)):

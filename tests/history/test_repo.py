@@ -234,27 +234,27 @@ def test_init_open_and_wrong_folders(tmp_path, params):
   path = tmp_path / "deep" / "repo"
   Repo.init(path).commit(params, message="one")
   assert len(Repo.init(path).log()) == 1  # as in git: not emptied
-  assert Repo.open(path).show().message == "one"
+  assert Repo(path).show().message == "one"
   for wrong in (tmp_path, tmp_path / "absent", path / "patchjax.json"):
     with pytest.raises(errors.NotARepositoryError, match="patchjax init"):
-      Repo.open(wrong)
+      Repo(wrong)
   with pytest.raises(errors.RepositoryError, match="not empty"):
     Repo.init(tmp_path)
   with pytest.raises(errors.RepositoryError, match="URL"):
     Repo.init("gs://bucket/repo")
   (path / "patchjax.json").write_text('{"version": 99}')
   with pytest.raises(errors.FormatError, match="newer"):
-    Repo.open(path)
+    Repo(path)
   (path / "patchjax.json").write_text("not json")
   with pytest.raises(errors.FormatError, match="damaged"):
-    Repo.open(path)
+    Repo(path)
 
 
 def test_log_imports_nothing_heavy(repo, params):
   repo.commit(params, message="one")
   program = (
     "import sys; from patchjax.history import Repo;"
-    f"repo = Repo.open({repo.path!r});"
+    f"repo = Repo({repo.path!r});"
     "print(len(repo.log()), sorted(repo.branches()), repo.tags());"
     "heavy = {'jax', 'orbax', 'tensorstore', 'numpy'} & set(sys.modules);"
     "assert not heavy, heavy"

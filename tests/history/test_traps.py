@@ -185,7 +185,7 @@ def test_bit_flips_never_return_wrong_data(repo):
       position, bit = int(rng.integers(size)), int(rng.integers(8))
       flip(name, position, bit)
       try:
-        fresh = Repo.open(repo.path)
+        fresh = Repo(repo.path)
         found = fresh.checkout("main", like=small)
         assert np.array_equal(found["x"], tuned)
         assert np.array_equal(found["bias"], small["bias"])
@@ -197,7 +197,7 @@ def test_bit_flips_never_return_wrong_data(repo):
         detected += 1
       flip(name, position, bit)
   assert detected > len(names)
-  assert Repo.open(repo.path).fsck().ok
+  assert Repo(repo.path).fsck().ok
   print(f"{detected} detected, {harmless} harmless")
 
 
@@ -208,9 +208,9 @@ def test_a_damaged_cache_is_rebuilt(repo):
   for data in (b"", b"not a database" * 100, os.urandom(8192)):
     with open(path, "wb") as file:
       file.write(data)
-    assert np.array_equal(Repo.open(repo.path).checkout()["x"], LARGE)
+    assert np.array_equal(Repo(repo.path).checkout()["x"], LARGE)
   shutil.rmtree(repo.files.path("cache"))
-  assert np.array_equal(Repo.open(repo.path).checkout()["x"], LARGE)
+  assert np.array_equal(Repo(repo.path).checkout()["x"], LARGE)
 
 
 def test_an_old_cache_that_cannot_be_written_is_no_obstacle(repo, monkeypatch):
@@ -228,7 +228,7 @@ def test_an_old_cache_that_cannot_be_written_is_no_obstacle(repo, monkeypatch):
 
   monkeypatch.setattr(sqlite3, "connect", read_only)
   monkeypatch.setattr(os, "unlink", refuse)
-  again = Repo.open(repo.path)
+  again = Repo(repo.path)
   assert np.array_equal(again.checkout()["x"], LARGE)
   assert again.fsck().ok
 
@@ -273,14 +273,14 @@ def test_missing_and_damaged_objects_are_named(repo):
   path = repo.files.path(f"objects/{tree[:2]}/{tree[2:]}")
   flip(path, 5)
   with pytest.raises(errors.IntegrityError, match=f"object {tree} is damaged"):
-    Repo.open(repo.path).checkout()
-  report = Repo.open(repo.path).fsck()
+    Repo(repo.path).checkout()
+  report = Repo(repo.path).fsck()
   assert [p.kind for p in report.problems] == ["object"]
   os.unlink(path)
   with pytest.raises(errors.IntegrityError, match=f"object {tree} is missing"):
-    Repo.open(repo.path).checkout()
-  assert commit[:12] in str(Repo.open(repo.path).fsck())
-  repo = Repo.open(repo.path)
+    Repo(repo.path).checkout()
+  assert commit[:12] in str(Repo(repo.path).fsck())
+  repo = Repo(repo.path)
   with pytest.raises(errors.IntegrityError):
     repo.commit({"a": {"x": LARGE}}, message="on a damaged parent")
   repo.commit({"a": {"x": LARGE}}, message="x", branch="mend", parents=[])
@@ -379,7 +379,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, limit):
     "from patchjax.history import Repo;"
     "from patchjax.trees.errors import PatchjaxError;"
     "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-    f"repo = Repo.open({str(path)!r}); repo.checkout();"
+    f"repo = Repo({str(path)!r}); repo.checkout();"
     "import orbax.checkpoint.v1;"
     f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
     "x = np.random.default_rng(5).standard_normal((200, 300));"
@@ -393,12 +393,12 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, limit):
     [sys.executable, "-c", program], capture_output=True, text=True, check=False
   )
   assert done.returncode == 7, done.stderr
-  assert Repo.open(path).resolve("main") == first
-  report = Repo.open(path).fsck()
+  assert Repo(path).resolve("main") == first
+  report = Repo(path).fsck()
   assert report.ok, str(report)
   assert report.leftovers == ()
-  Repo.open(path).commit({"x": LARGE + 1}, message="room again")
-  assert Repo.open(path).fsck().ok
+  Repo(path).commit({"x": LARGE + 1}, message="room again")
+  assert Repo(path).fsck().ok
   assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != limit
 
 

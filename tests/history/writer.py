@@ -28,7 +28,7 @@ def value_of(name, step):
 
 
 def main(path, name, first, count):
-  repo = Repo.open(path)
+  repo = Repo(path)
   print("ready", flush=True)
   for step in range(first, first + count):
     while True:

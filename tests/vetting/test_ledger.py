@@ -49,7 +49,7 @@ def test_counts_distinct_comparisons_of_this_suite_on_every_branch():
     assert uses(repo, SUITE) == 3 and uses(repo, OTHER) == 0
 
     assert verdicts(repo, "side") == [bad, loose]
-    assert uses(Repo.open(repo.path), SUITE) == 3
+    assert uses(Repo(repo.path), SUITE) == 3
     shown = gate(repo.checkout("main~1"), repo.checkout("main"), SUITE, used=3)
     assert "use 4 of 32" in str(shown)
 
