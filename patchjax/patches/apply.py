@@ -324,6 +324,17 @@ def _containers(old: Any, leaves: dict[Any, Any], path: Any) -> Any:
   if path in leaves:
     return leaves[path]
   parts = dict.fromkeys(p[len(path)] for p in leaves if p[: len(path)] == path)
+  # Empty containers and None hold no leaf, and stay where they were.
+  if not parts and not jax.tree.leaves(old):
+    return old
+  if old is not None and type(old) not in (dict, list):
+    raise StructureError(
+      "a structural patch rebuilds nested dicts and lists only, found "
+      f"{type(old).__name__} at {'/'.join(path) or 'the top'}; pass like= "
+      "with the structure of the result"
+    )
+  children = dict(enumerate(old)) if type(old) is list else old or {}
+  parts |= {str(k): None for k, v in children.items() if not jax.tree.leaves(v)}
   if type(old) is list:
     wanted = [str(i) for i in range(len(parts))]
     if set(parts) != set(wanted):
@@ -335,16 +346,10 @@ def _containers(old: Any, leaves: dict[Any, Any], path: Any) -> Any:
       _containers(old[i] if i < len(old) else None, leaves, (*path, part))
       for i, part in enumerate(wanted)
     ]
-  if old is not None and type(old) is not dict:
-    raise StructureError(
-      "a structural patch rebuilds nested dicts and lists only, found "
-      f"{type(old).__name__} at {'/'.join(path) or 'the top'}; pass like= "
-      "with the structure of the result"
-    )
-  keys = {str(key): key for key in old or ()}
+  keys = {str(key): key for key in children}
   return {
     keys.get(part, part): _containers(
-      (old or {}).get(keys.get(part, part)), leaves, (*path, part)
+      children.get(keys.get(part, part)), leaves, (*path, part)
     )
     for part in parts
   }

@@ -148,7 +148,7 @@ def _factors(
   shape, inputs, batch, rank, dtype, a_sharding, b_sharding
 ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
   split = batch + inputs
-  fan_in = math.prod(shape[batch:split])
+  fan_in = max(1, math.prod(shape[batch:split]))  # a leaf may have no rows
 
   def make(key):
     a = jax.random.normal(key, (*shape[:split], rank), dtype)

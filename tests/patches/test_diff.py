@@ -152,3 +152,14 @@ def test_exact_diff_is_exact_for_any_floats(x, y):
   np.testing.assert_array_equal(found.view(np.uint32), y)
   back = np.asarray(pj.revert(b, patch)["w"])
   np.testing.assert_array_equal(back.view(np.uint32), x)
+
+
+def test_containers_without_leaves_stay():
+  base = {"w": np.ones(2, np.float32), "e": {}, "n": None, "l": [None, ()]}
+  base["t"] = [None, np.zeros(2, np.float32)]
+  tuned = {**base, "v": np.ones(3, np.float32)}
+  patch = pj.diff(base, tuned, structural=True)
+  found = pj.apply(base, patch)
+  assert jax.tree.structure(found) == jax.tree.structure(tuned)
+  back = pj.revert(found, patch)
+  assert jax.tree.structure(back) == jax.tree.structure(base)

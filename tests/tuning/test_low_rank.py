@@ -115,3 +115,10 @@ def test_bad_input():
     pj.tuning.lora(KEY, {"b": np.zeros(3, np.float32)}, rank=2)
   with pytest.raises(ValueError, match="sharding"):
     pj.tuning.lora(KEY, base(), rank=2, sharding="row")
+
+
+def test_leaves_without_rows():
+  base = {"w": np.ones((4, 3), np.float32), "z": np.ones((0, 3), np.float32)}
+  patch = pj.tuning.lora(jax.random.key(0), base, rank=2)
+  assert patch.deltas["z"].code.a.shape == (0, 2)
+  assert pj.apply(base, patch)["z"].shape == (0, 3)
