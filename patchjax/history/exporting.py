@@ -52,7 +52,7 @@ def export(repo: Repo, ref: str, path: str | os.PathLike[str]) -> None:
     "words": {
       name: entry.dtype
       for name, entry in held.items()
-      if encodings.plain_encoding(entry.dtype) == encodings.WORDS
+      if encodings.plain_encoding(entry.dtype) == encodings.WORDS.name
     },
     "zero_size": {
       name: {"dtype": entry.dtype, "shape": list(entry.shape)}

@@ -123,7 +123,7 @@ class LeafReader:
     keys = collections.defaultdict(set)
     uses = collections.Counter(wanted.keys())
     for location in plan.values():
-      keys[location.pack].add(location.key)
+      keys[location.pack].update(_keys(location))
       if location.base is not None:
         uses[location.base] += 1
     raw: dict[str, dict[str, np.ndarray]] = {}
@@ -135,7 +135,11 @@ class LeafReader:
         continue  # an index that contradicts itself
       if location.pack not in raw:
         raw[location.pack] = self._load(location.pack, keys[location.pack], why)
-      stored = raw[location.pack].pop(location.key, None)
+      stored = {
+        key: raw[location.pack].pop(key)
+        for key in _keys(location)
+        if key in raw[location.pack]
+      }
       base = done.get(location.base) if location.base is not None else None
       found = self._one(location, entry, stored, base, why)
       if location.base is not None:
@@ -165,12 +169,12 @@ class LeafReader:
     self,
     location: Location,
     entry: Entry,
-    stored: np.ndarray | None,
+    stored: Mapping[str, np.ndarray],
     base: np.ndarray | None,
     why: dict[str, str],
   ) -> np.ndarray | None:
     place = self.files.path(location.pack)
-    if stored is None:
+    if not stored:
       why[location.digest] = why.get(
         location.pack, f"{place} lacks the array {location.key!r}"
       )
@@ -181,14 +185,16 @@ class LeafReader:
       )
       return None
     try:
-      words = encodings.decode(stored, location.encoding, entry.dtype, base)
-    except ValueError as error:
+      encoding = encodings.ENCODINGS[location.encoding]
+      parts = encodings.parts_of(stored, location.key, encoding)
+      words = encoding.decode(entry, None, encodings.fetch_from(parts), base)
+    except (ValueError, LookupError) as error:
       why[location.digest] = f"{place}, array {location.key!r}: {error}"
       return None
     if words.shape != encodings.words_shape(entry.dtype, entry.shape):
       why[location.digest] = (
         f"{place}, array {location.key!r}: expected the shape "
-        f"{entry.shape}, found {stored.shape}"
+        f"{entry.shape}, found words of shape {words.shape}"
       )
       return None
     return words
@@ -213,7 +219,7 @@ class LeafReader:
     if place.base is not None:
       below = Entry(place.base, entry.dtype, entry.shape)
       base = self._recover(below, place.depth, why)
-    stored = self._load(place.pack, [place.key], why).get(place.key)
+    stored = self._load(place.pack, _keys(place), why)
     words = self._one(place, entry, stored, base, why)
     if words is not None and self._verified(words, entry, place, why):
       return words
@@ -250,6 +256,13 @@ class LeafReader:
       "that shares them is whole again)"
     )
     return "\n".join(lines)
+
+
+def _keys(location: Location) -> list[str]:
+  """Returns the keys under which the arrays of a leaf may lie."""
+  encoding = encodings.ENCODINGS.get(location.encoding)
+  parts = ("",) if encoding is None else encoding.parts
+  return [encodings.key_of(location.key, part) for part in parts]
 
 
 def empty(entry: Entry) -> np.ndarray:

@@ -103,8 +103,9 @@ class LeafWriter:
     arrays: dict[str, np.ndarray] = {}
     places: dict[str, Location] = {}
     # numpy and zstd work outside the interpreter's lock.
-    for place, array in each(_encode, jobs):
-      arrays[place.key] = array
+    for place, parts in each(_encode, jobs):
+      for part, array in parts.items():
+        arrays[encodings.key_of(place.key, part)] = array
       places[place.digest] = place
     spelled = indices.spell(places.values())
     blob = blobs.pack(arrays, spelled)
@@ -116,10 +117,12 @@ class LeafWriter:
       "words": {
         loc.key: new[digest].entry.dtype
         for digest, loc in places.items()
-        if loc.encoding == encodings.WORDS
+        if loc.encoding == encodings.WORDS.name
       },
       "planes": [
-        loc.key for loc in places.values() if loc.encoding == encodings.PLANES
+        loc.key
+        for loc in places.values()
+        if encodings.ENCODINGS[loc.encoding].delta
       ],
       "aliases": {},
     }
@@ -165,17 +168,15 @@ class LeafWriter:
 
 def _encode(
   job: tuple[_Leaf, tuple[np.ndarray, Location] | None],
-) -> tuple[Location, np.ndarray]:
-  """Returns how one leaf is stored (in a pack to be named), and the array."""
+) -> tuple[Location, dict[str, np.ndarray]]:
+  """Returns how one leaf is stored (in a pack to be named), and its arrays."""
   leaf, base = job
-  digest, dtype = leaf.entry.digest, leaf.entry.dtype
-  if base is not None and encodings.planes_pay(leaf.words, base[0]):
+  bits = None if base is None else base[0]
+  name, parts = encodings.choose(leaf.words, bits, leaf.entry)
+  of, depth = None, 0
+  if base is not None and encodings.ENCODINGS[name].delta:
     of, depth = base[1].digest, base[1].depth + 1
-    place = Location(digest, "", leaf.name, encodings.PLANES, of, depth)
-    return place, encodings.to_planes(leaf.words, base[0])
-  plain = encodings.plain_encoding(dtype)
-  place = Location(digest, "", leaf.name, plain, None, 0)
-  return place, encodings.to_stored(leaf.words, dtype)
+  return Location(leaf.entry.digest, "", leaf.name, name, of, depth), parts
 
 
 def _describe(

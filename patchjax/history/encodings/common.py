@@ -1,0 +1,201 @@
+"""What every encoding needs: words, regions of them, and the interface."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from patchjax.trees import dtypes
+from patchjax.trees.digest import Entry
+
+Region = tuple[slice, ...]
+"""A hyper-rectangle of a leaf's words: one slice an axis, step 1."""
+
+# Words of one key of JAX's own PRNGs.
+_KEY_WORDS = {"key<fry>": 2, "key<rbg>": 4, "key<urbg>": 4}
+
+
+class Fetch(Protocol):
+  """Reads a stored array of a leaf, or a slice of it."""
+
+  def __call__(
+    self,
+    part: str,
+    region: Region | None = None,
+    out: np.ndarray | None = None,
+  ) -> np.ndarray:
+    """Returns what is stored.
+
+    Args:
+      part: which of the leaf's arrays; "" where there is one.
+      region: which part of the stored array; None for all of it.
+      out: where to put it, of the shape of the result (strides are free:
+        interleaving while copying costs nothing); by default a new array.
+    """
+    ...
+
+
+Encode = Callable[
+  [np.ndarray, "np.ndarray | None", Entry], dict[str, np.ndarray]
+]
+Decode = Callable[
+  [Entry, "Region | None", Fetch, "np.ndarray | None"], np.ndarray
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+  """One way to hold a leaf.
+
+  Attributes:
+    name: its name in indices.
+    encode: `(words, base, entry) -> {part: array}`; `base` are the words of
+      another leaf of the same dtype and shape, None unless `delta`.
+    decode: `(entry, region, fetch, base) -> words` of that region (None: of
+      the whole leaf), the inverse; `base` are the base's words of the same
+      region. Raises ValueError if what is stored cannot be such a leaf.
+    parts: names of the arrays it may store; "" where there is one.
+    delta: whether it is a difference to a base.
+    elementwise: whether shards can be encoded one by one, in place: there is
+      one array, `[planes, *words]` of a delta, `[*leaf]` of a whole leaf.
+  """
+
+  name: str
+  encode: Encode
+  decode: Decode
+  parts: tuple[str, ...] = ("",)
+  delta: bool = False
+  elementwise: bool = False
+
+
+def word_of(dtype: str) -> np.dtype:
+  """Returns the unsigned dtype of a leaf's words.
+
+  Args:
+    dtype: name of the dtype.
+
+  Example:
+    >>> word_of("bfloat16"), word_of("key<fry>")
+    (dtype('uint16'), dtype('uint32'))
+  """
+  if dtype in _KEY_WORDS:
+    return np.dtype(np.uint32)
+  return dtypes.KINDS[dtype].word
+
+
+def words_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the shape of a leaf's words.
+
+  Args:
+    dtype: name of the dtype.
+    shape: shape of the leaf.
+
+  Example:
+    >>> words_shape("complex64", (3,))
+    (3, 2)
+  """
+  if dtype in _KEY_WORDS:
+    return (*shape, _KEY_WORDS[dtype])
+  return (*shape, 2) if dtypes.KINDS[dtype].words == 2 else shape
+
+
+def region_of(entry: Entry, region: Region | None) -> Region:
+  """Returns a region with all its bounds spelled out.
+
+  Args:
+    entry: the leaf.
+    region: a region of its words; None for all of them.
+
+  Example:
+    >>> region_of(Entry("", "float32", (4,)), None)
+    (slice(0, 4, 1),)
+  """
+  shape = words_shape(entry.dtype, entry.shape)
+  if region is None:
+    region = (slice(None),) * len(shape)
+  return tuple(
+    slice(*part.indices(size)) for part, size in zip(region, shape, strict=True)
+  )
+
+
+def region_shape(region: Region) -> tuple[int, ...]:
+  """Returns the shape of a region.
+
+  Args:
+    region: as `region_of` gives it.
+
+  Example:
+    >>> region_shape((slice(2, 5, 1), slice(0, 4, 1)))
+    (3, 4)
+  """
+  return tuple(max(part.stop - part.start, 0) for part in region)
+
+
+def expect(stored: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+  """Refuses a stored array that is not what its encoding writes.
+
+  Args:
+    stored: what was read.
+    dtype: the dtype it must have.
+    shape: the shape it must have.
+
+  Raises:
+    ValueError: if it has not.
+  """
+  if (stored.dtype, stored.shape) != (dtype, shape):
+    raise ValueError(
+      f"expected {dtype.name} of shape {shape}, found {stored.dtype.name} of "
+      f"shape {stored.shape}"
+    )
+
+
+def key_of(key: str, part: str) -> str:
+  """Returns the key of one array of a leaf in a payload.
+
+  Args:
+    key: the leaf's key.
+    part: which array.
+
+  Example:
+    >>> key_of("w", ""), key_of("w", "gaps")
+    ('w', 'w//gaps')
+  """
+  # Names spell an empty part as `~2`: no leaf is called so.
+  return f"{key}//{part}" if part else key
+
+
+def parts_of(
+  stored: Mapping[str, np.ndarray], key: str, encoding: Encoding
+) -> dict[str, np.ndarray]:
+  """Returns the arrays of one leaf among those of a payload.
+
+  Args:
+    stored: `{key in the payload: array}`.
+    key: the leaf's key.
+    encoding: how it is stored.
+  """
+  keys = {part: key_of(key, part) for part in encoding.parts}
+  return {part: stored[k] for part, k in keys.items() if k in stored}
+
+
+def fetch_from(arrays: Mapping[str, np.ndarray]) -> Fetch:
+  """Returns a `Fetch` of arrays in memory.
+
+  Args:
+    arrays: `{part: array}`.
+  """
+
+  def fetch(
+    part: str, region: Region | None = None, out: np.ndarray | None = None
+  ) -> np.ndarray:
+    stored = arrays[part] if region is None else arrays[part][region]
+    if out is None:
+      return stored
+    expect(stored, out.dtype, out.shape)
+    out[...] = stored
+    return out
+
+  return fetch
