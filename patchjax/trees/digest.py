@@ -1,9 +1,10 @@
 """Digests: what makes two leaves, or two trees, the same value.
 
-A leaf's digest is the root of a SHA-256 Merkle tree over blocks of 1 MiB of
-its bit patterns in row-major, little-endian order, with its dtype and shape:
-blocks can be hashed by those who hold them, in any order. A tree's id is that
-of nested objects, as in git, so that subtrees which did not change are shared.
+A leaf's digest is the root of a SHA-256 Merkle tree over its tiles (see
+`tiles`: of at most 1 MiB, as bit patterns in row-major, little-endian order),
+with its dtype and shape: tiles can be hashed by those who hold them, and be
+verified one by one. A tree's id is that of nested objects, as in git, so that
+subtrees which did not change are shared.
 Neither depends on containers, encodings, shardings or machines.
 """
 
@@ -16,17 +17,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from patchjax.trees import dtypes
+from patchjax.trees import dtypes, tiles
 from patchjax.trees.errors import StructureError
 from patchjax.trees.names import named_leaves, split
-
-BLOCK = 1 << 20
-"""Bytes of one block of the Merkle tree."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,38 +75,77 @@ def _pool(pid: int) -> concurrent.futures.ThreadPoolExecutor:
   )
 
 
-def _parent(left: bytes, right: bytes) -> bytes:
-  return hashlib.sha256(b"\x01" + left + right).digest()
-
-
 def words_digest(words: np.ndarray, dtype: str, shape: tuple[int, ...]) -> str:
   """Returns the digest of a leaf from its bits; see `leaf_digest`.
 
   Args:
-    words: its bit patterns, as `dtypes.host` gives them.
+    words: its bit patterns, as `dtypes.host` gives them; packed bits, whose
+      shape is another, are cut as they are.
     dtype: the name of its dtype.
     shape: its shape.
   """
-  data = np.ascontiguousarray(words).reshape(-1).view(np.uint8).data
-  starts = range(0, max(len(data), 1), BLOCK)
-  hash_block = functools.partial(_hash_block, data)
-  if len(starts) > 1:
-    level = list(_pool(os.getpid()).map(hash_block, starts))
-  else:
-    level = [hash_block(0)]
+  cut = shape if words.shape[: len(shape)] == shape else words.shape
+  return root(tile_digests(words, cut), dtype, shape)
+
+
+def tile_digests(
+  words: np.ndarray,
+  shape: tuple[int, ...],
+  region: tiles.Region | None = None,
+  numbers: Sequence[int] | None = None,
+) -> list[bytes]:
+  """Returns the digests of tiles of a leaf, hashed in threads.
+
+  Args:
+    words: bit patterns of the leaf, or of a region of it.
+    shape: the shape of the leaf.
+    region: which region `words` are; by default the whole leaf.
+    numbers: which tiles of the leaf; they lie in the region as a whole. By
+      default all of the leaf.
+  """
+  held = tiles.whole(shape) if region is None else region
+  itemsize = tiles.itemsize_of(words, held)
+  grid = tiles.grid(shape, itemsize)
+  which = range(len(grid)) if numbers is None else numbers
+
+  def hash_tile(number: int) -> bytes:
+    return tile_digest(words[tiles.within(grid[number], held)])
+
+  if len(which) > 1 and words.nbytes > tiles.LARGEST:
+    return list(_pool(os.getpid()).map(hash_tile, which))
+  return [hash_tile(number) for number in which]
+
+
+def tile_digest(words: np.ndarray) -> bytes:
+  """Returns the digest of one tile.
+
+  Args:
+    words: its bit patterns.
+  """
+  # The first byte keeps tiles, nodes and leaves apart (RFC 6962, 2.1).
+  hasher = hashlib.sha256(b"\x00")
+  hasher.update(np.ascontiguousarray(words).reshape(-1).view(np.uint8).data)
+  return hasher.digest()
+
+
+def root(level: Sequence[bytes], dtype: str, shape: tuple[int, ...]) -> str:
+  """Returns the digest of a leaf from those of its tiles.
+
+  Args:
+    level: digests of all its tiles, in order; none for a zero-size leaf.
+    dtype: the name of its dtype.
+    shape: its shape.
+  """
+  level = list(level) or [hashlib.sha256(b"\x00").digest()]
   while len(level) > 1:
     # An odd node at the end rises unchanged.
-    pairs = [_parent(*level[i : i + 2]) for i in range(0, len(level) - 1, 2)]
+    pairs = [
+      hashlib.sha256(b"\x01" + level[i] + level[i + 1]).digest()
+      for i in range(0, len(level) - 1, 2)
+    ]
     level = pairs + level[2 * len(pairs) :]
   head = canonical_json({"dtype": dtype, "shape": list(shape)})
   return hashlib.sha256(b"\x02" + level[0] + head).hexdigest()
-
-
-def _hash_block(data: memoryview, start: int) -> bytes:
-  # The first byte keeps blocks, nodes and leaves apart (RFC 6962, 2.1).
-  hasher = hashlib.sha256(b"\x00")
-  hasher.update(data[start : start + BLOCK])
-  return hasher.digest()
 
 
 def leaf_digest(x: Any) -> str:

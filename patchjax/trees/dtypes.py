@@ -77,6 +77,7 @@ KINDS: dict[str, Kind] = _kinds()
 
 _KEY = re.compile(r"key<([a-z0-9_]+)>")
 _IMPLS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
+_KEY_WORDS = {"fry": 2, "rbg": 4, "urbg": 4}
 
 
 def is_key(x: Any) -> bool:
@@ -254,6 +255,21 @@ def is_array(x: Any) -> bool:
     (True, False)
   """
   return hasattr(x, "dtype") and hasattr(x, "shape")
+
+
+def itemsize(dtype: str) -> int:
+  """Returns the bytes of the words of one element.
+
+  Args:
+    dtype: a name of the table, `key<impl>` included.
+
+  Example:
+    >>> itemsize("complex64"), itemsize("key<fry>"), itemsize("int4")
+    (8, 8, 1)
+  """
+  if match := _KEY.fullmatch(dtype):
+    return 4 * _KEY_WORDS[match[1]]
+  return KINDS[dtype].word.itemsize * KINDS[dtype].words
 
 
 def widened(dtype: Any) -> np.dtype:

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from patchjax import trees
+from patchjax.trees import tiles
 from patchjax.trees.errors import StructureError
 from tests import containers
 
@@ -23,14 +24,9 @@ def test_the_digest_is_what_the_format_says():
   assert trees.leaf_digest(x) == want
 
 
-@pytest.mark.parametrize("blocks", [2, 3, 5, 8])
-def test_many_blocks_are_a_merkle_tree(blocks):
-  data = np.arange(blocks * (1 << 18) - 7, dtype=np.uint32)
-  raw = data.tobytes()
-  level = [
-    hashlib.sha256(b"\x00" + raw[i : i + (1 << 20)]).digest()
-    for i in range(0, len(raw), 1 << 20)
-  ]
+def merkle(tiles, dtype, shape):
+  """The root as the format spells it, written again."""
+  level = [hashlib.sha256(b"\x00" + tile.tobytes()).digest() for tile in tiles]
   while len(level) > 1:
     level = [
       hashlib.sha256(b"\x01" + b"".join(level[i : i + 2])).digest()
@@ -38,11 +34,71 @@ def test_many_blocks_are_a_merkle_tree(blocks):
       else level[i]
       for i in range(0, len(level), 2)
     ]
-  head = json.dumps(
-    {"dtype": "uint32", "shape": [len(data)]}, separators=(",", ":")
-  )
-  want = hashlib.sha256(b"\x02" + level[0] + head.encode()).hexdigest()
-  assert trees.leaf_digest(data) == want
+  head = json.dumps({"dtype": dtype, "shape": shape}, separators=(",", ":"))
+  return hashlib.sha256(b"\x02" + level[0] + head.encode()).hexdigest()
+
+
+def test_many_tiles_are_a_merkle_tree():
+  square = np.arange(1 << 20, dtype=np.uint32).reshape(1024, 1024)
+  quarters = [
+    square[i : i + 512, j : j + 512] for i in (0, 512) for j in (0, 512)
+  ]
+  assert trees.leaf_digest(square) == merkle(quarters, "uint32", [1024, 1024])
+  odd = np.arange((1 << 19) + 1, dtype=np.uint32)
+  thirds = np.split(odd, [131073, 262146, 393219])
+  assert trees.leaf_digest(odd) == merkle(thirds, "uint32", [len(odd)])
+  line = np.arange(1 << 17, dtype=np.complex64)
+  assert len(line.tobytes()) == 1 << 20
+  assert trees.leaf_digest(line) == merkle([line], "complex64", [1 << 17])
+
+
+@pytest.mark.parametrize(
+  "shape, itemsize, counts",
+  [
+    ((), 4, ()),
+    ((0, 5), 4, (0, 1)),
+    ((1 << 18,), 4, (1,)),
+    ((1 << 19,), 4, (2,)),
+    ((768, 3072), 4, (2, 8)),
+    ((3072, 768), 4, (8, 2)),
+    ((50257, 768), 4, (32, 8)),
+    ((30522, 384), 4, (16, 4)),
+    ((4096, 32, 128), 2, (32, 1, 1)),
+    ((1000003, 3), 4, (16, 1)),
+    ((1, 1, 3 << 20), 1, (1, 1, 4)),
+  ],
+)
+def test_the_grid_is_as_specified(shape, itemsize, counts):
+  grid = tiles.grid(shape, itemsize)
+  assert grid.counts == counts
+  seen = np.zeros(shape, np.uint8)
+  for number, region in enumerate(grid):
+    assert tiles.size_of(region) * itemsize <= 1 << 20
+    assert grid.cover(region) == grid.inside(region) == [number]
+    assert grid.widened(region) == region
+    seen[region] += 1
+  assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(768, 3072), (30522, 384), (4096, 32, 128)])
+def test_shards_by_powers_of_two_are_whole_tiles(shape):
+  grid = tiles.grid(shape, 4)
+  for axis, length in enumerate(shape):
+    parts = 2
+    while length % parts == 0 and parts <= grid.counts[axis]:
+      edges = range(0, length + 1, length // parts)
+      assert set(edges) <= set(grid.edges[axis])
+      parts *= 2
+
+
+def test_covers_of_regions():
+  grid = tiles.grid((1024, 1024), 4)
+  assert grid.cover((slice(500, 513), slice(3, 4))) == [0, 2]
+  assert grid.inside((slice(0, 1024), slice(1, 1024))) == [1, 3]
+  assert grid.cover((slice(7, 7), slice(0, 9))) == []
+  region = (slice(500, 512), slice(600, 601))
+  assert grid.widened(region) == (slice(0, 512), slice(512, 1024))
+  assert tiles.grid((), 4).cover(()) == [0]
 
 
 def test_dtype_shape_and_every_bit_count():
