@@ -89,6 +89,24 @@ class Files:
       else:
         yield key
 
+  def freshen(self, key: str) -> bool:
+    """Sets the time of a file to now, so that no `gc` takes it from us.
+
+    Who finds that a value is stored already, and is going to refer to it,
+    freshens it first.
+
+    Args:
+      key: `/`-separated key.
+
+    Returns:
+      Whether it is there and is fresh now; if not, write it again.
+    """
+    try:
+      os.utime(self.path(key))
+    except OSError:  # gone; or somebody else's, which only they can freshen
+      return False
+    return True
+
   def leftovers(self) -> list[str]:
     """Returns the keys that killed writers left behind; safe to remove."""
     found = []

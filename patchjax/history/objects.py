@@ -179,7 +179,7 @@ class Objects:
     return name
 
   def write_all(self, objects: Mapping[str, bytes]) -> None:
-    """Stores objects; what is stored already is not written again.
+    """Stores objects; what is stored already is freshened, not written again.
 
     Args:
       objects: `{id: bytes}`.
@@ -194,8 +194,12 @@ class Objects:
 
   def _holds(self, name: str, size: int) -> bool:
     # A damaged file of another length is written over; fsck finds the rest.
+    # Fresh before it is looked at: from then on a `gc` leaves it alone.
+    key = key_of(name)
+    if not self.files.freshen(key):
+      return False
     try:
-      return os.path.getsize(self.files.path(key_of(name))) == size
+      return os.path.getsize(self.files.path(key)) == size
     except OSError:
       return False
 
