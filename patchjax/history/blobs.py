@@ -32,13 +32,17 @@ _TRY = 32 * LARGEST  # raw bytes beyond which compression is not even tried
 
 
 def pack(
-  arrays: Mapping[str, np.ndarray], index: dict[str, Any]
+  arrays: Mapping[str, np.ndarray],
+  index: dict[str, Any],
+  *,
+  generation: int = 0,
 ) -> bytes | None:
   """Returns the blob of some arrays, or None if they are too large for one.
 
   Args:
     arrays: `{key: array}`, of dtypes that `encodings` stores.
     index: the index of the leaves, as `index.py` writes it.
+    generation: see `index.write`.
   """
   if sum(array.nbytes for array in arrays.values()) > _TRY:
     return None
@@ -61,7 +65,10 @@ def pack(
     if size > LARGEST:
       return None
     parts.append(data)
-  header = canonical_json({"arrays": extents, "index": index})
+  facts: dict[str, Any] = {"arrays": extents, "index": index}
+  if generation:
+    facts["generation"] = generation
+  header = canonical_json(facts)
   return b"".join([MAGIC, len(header).to_bytes(8, "little"), header, *parts])
 
 

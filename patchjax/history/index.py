@@ -71,18 +71,45 @@ def spell(locations: Iterable[Location]) -> dict[str, Any]:
   }
 
 
-def write(files: Files, pack: str, entries: Mapping[str, Any]) -> None:
+def write(
+  files: Files,
+  pack: str,
+  entries: Mapping[str, Any],
+  *,
+  generation: int = 0,
+) -> None:
   """Writes the index of a payload, which makes the payload exist.
 
   Args:
     files: files of the repository.
     pack: `payloads/<uuid>`.
     entries: see `spell`.
+    generation: one more than that of any place its leaves were repacked from;
+      of several places of a leaf, `gc` keeps one of the highest generation.
   """
   spelled = canonical_json(entries)
   checksum = hashlib.sha256(spelled).hexdigest()
   document = {"checksum": checksum, "entries": entries, "version": 1}
+  if generation:
+    document["generation"] = generation
   files.write(f"{pack}/{INDEX}", canonical_json(document))
+
+
+def generation(files: Files, pack: str) -> int:
+  """Returns how often the leaves of a pack were repacked; 0 if never.
+
+  Args:
+    files: files of the repository.
+    pack: `payloads/<uuid>` or `blobs/<digest>`.
+
+  Raises:
+    FileNotFoundError: if there is no such pack.
+  """
+  folder, name = pack.split("/")
+  if folder == "blobs":
+    header = blobs.read_header(files.read(pack), name)[0]
+    return int(header.get("generation", 0))
+  return int(json.loads(files.read(f"{pack}/{INDEX}")).get("generation", 0))
 
 
 def read(files: Files, pack: str) -> list[Location]:
