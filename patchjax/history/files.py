@@ -162,13 +162,32 @@ class Files:
         os.unlink(temporary)
       raise
 
-  def swap(self, key: str, *, old: bytes | None, new: bytes) -> bool:
+  def delete(self, key: str) -> None:
+    """Removes a value; does nothing if there is none.
+
+    Args:
+      key: `/`-separated key.
+    """
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(self.path(key))
+
+  def prune(self, key: str) -> None:
+    """Removes folders without files, so that a value can have their name.
+
+    Args:
+      key: `/`-separated key.
+    """
+    for folder, _, _ in os.walk(self.path(key), topdown=False):
+      with contextlib.suppress(OSError):  # not empty, or gone already
+        os.rmdir(folder)
+
+  def swap(self, key: str, *, old: bytes | None, new: bytes | None) -> bool:
     """Replaces the value of a key if it still is what the caller has seen.
 
     Args:
       key: `/`-separated key.
       old: the value it must have; None if it must not exist.
-      new: the value to write.
+      new: the value to write; None removes it.
 
     Returns:
       Whether it was replaced. False means that somebody else was faster.
