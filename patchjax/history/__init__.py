@@ -13,6 +13,7 @@ if TYPE_CHECKING:
   from patchjax.history.fsck import FsckReport as FsckReport
   from patchjax.history.objects import Commit as Commit
   from patchjax.history.repo import Repo as Repo
+  from patchjax.history.state import Record as Record
 
 __getattr__, __dir__ = attach(
   __name__,
@@ -21,5 +22,6 @@ __getattr__, __dir__ = attach(
     "fsck": "FsckReport",
     "objects": "Commit",
     "repo": "Repo",
+    "state": "Record",
   },
 )

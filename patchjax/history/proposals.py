@@ -75,10 +75,17 @@ def materialise(
 def _check_base(
   repo: Repo, patch: Patch, base: Commit, old: Mapping[str, Entry]
 ) -> None:
+  from patchjax.history import state
   from patchjax.trees.check import check_named
+  from patchjax.trees.digest import tree_objects
 
+  ids = {base.tree}
   if patch.structure is not None:
-    check_named(patch.structure.leaves, old, what=f"the version {base.id[:12]}")
+    known = state.rest(old, patch.structure.leaves)
+    check_named(
+      patch.structure.leaves, known, what=f"the version {base.id[:12]}"
+    )
+    ids.add(tree_objects(known)[0])
   else:
     unknown = [
       name
@@ -90,7 +97,7 @@ def _check_base(
         f"version {base.id[:12]} has no leaf for the patch's "
         + ", ".join(unknown)
       )
-  if patch.base in (None, base.tree):
+  if patch.base is None or patch.base in ids:
     return
   fitting = [
     commit.id[:12]

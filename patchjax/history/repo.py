@@ -165,10 +165,11 @@ class Repo:
     `parents`.
 
     Args:
-      value: a pytree of arrays of any dtype of JAX (numpy arrays included;
-        what is no array is left out), or a `Patch`, or the path of a patch
-        file. A patch is applied by the pinned evaluation of
-        `patchjax.patches.pinned`, and kept byte for byte beside its result.
+      value: a pytree of arrays of any dtype of JAX (numpy arrays included),
+        Python numbers and `Record`s (functions and texts are left out), or a
+        `Patch`, or the path of a patch file. A patch is applied by the pinned
+        evaluation of `patchjax.patches.pinned`, and kept byte for byte beside
+        its result.
       message: what was done.
       branch: the branch to move.
       author: by whom; by default $PATCHJAX_AUTHOR, or user@host.
@@ -198,7 +199,7 @@ class Repo:
       ...   repo.checkout(second)["w"].tolist()
       [1.0, 4.0]
     """
-    from patchjax.history import committing, proposals
+    from patchjax.history import committing, proposals, state
     from patchjax.trees.names import named_leaves
 
     if on is not None and parents is not None:
@@ -209,7 +210,7 @@ class Repo:
     if proposals.is_patch(value):
       named, patch_id = proposals.materialise(self, value, ids, old)
     else:
-      named = named_leaves(value)
+      named = state.arrays(named_leaves(value))
     return committing.record(
       self,
       named,
@@ -313,7 +314,8 @@ class Repo:
       ref: see the class.
       like: a pytree with the wanted structure: arrays or `ShapeDtypeStruct`s.
         Numpy leaves come back as numpy arrays, others as `jax.Array`s in the
-        sharding that the leaf has. What is no array is returned as it is.
+        sharding that the leaf has, Python numbers and `Record`s as such. What
+        is none of these (functions) is returned as it is.
       only: which leaves to read (see `patchjax.select`). With `like`, leaves
         not asked for are returned as they are in it.
 

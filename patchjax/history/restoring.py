@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from patchjax.history import known
+from patchjax.history import known, state
 from patchjax.trees import dtypes
 from patchjax.trees.check import check_named
 from patchjax.trees.digest import Entry
@@ -31,11 +31,7 @@ def pick(
     SelectionError: if `only` picks nothing.
   """
   if like is not None:
-    expected = {
-      name: leaf
-      for name, leaf in flatten(like)[0].items()
-      if dtypes.is_array(leaf)
-    }
+    expected = state.expected(flatten(like)[0], entries)
     if only is not None:
       # Only what is asked for has to fit: the rest stays as it is.
       picked = select_named(expected, only)
@@ -93,11 +89,17 @@ def _place(words: np.ndarray, entry: Entry, like: Any) -> Any:
   import jax
 
   x = stored(words, entry)
+  if state.is_data(like):
+    return state.restored(x, like)
   if isinstance(like, np.ndarray | np.generic):
     return x if x.flags.writeable else x.copy()
   if dtypes.is_wide(x):
     return x  # JAX would narrow it
   sharding = getattr(like, "sharding", None)
+  if not getattr(like, "committed", True):
+    sharding = None  # free to follow what it meets, as the count of adam is
   placed = jax.device_put(x, sharding)
+  if getattr(like, "weak_type", False):
+    placed = state.weak(placed)
   known.remember(placed, entry)
   return placed

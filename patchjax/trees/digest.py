@@ -240,8 +240,9 @@ def tree_id(tree: Any) -> str:
   """Returns the id of the value of a pytree: names, dtypes, shapes and bits.
 
   Args:
-    tree: a pytree of fully addressable arrays; what is no array among its
-      leaves is left out.
+    tree: a pytree of fully addressable arrays; Python numbers count as the
+      arrays without axes that a repository holds them as (`bool`, `int64`,
+      `float64`, `complex128`), what else is no array is left out.
 
   Returns:
     64 hex digits; the same for every container, sharding and machine.
@@ -256,5 +257,9 @@ def tree_id(tree: Any) -> str:
   """
   named = named_leaves(tree)
   return tree_objects(
-    {k: entry(v) for k, v in named.items() if dtypes.is_array(v)}
+    {
+      k: entry(v)
+      for k, v in named.items()
+      if dtypes.is_array(v) or dtypes.is_number(v)
+    }
   )[0]

@@ -272,6 +272,19 @@ def itemsize(dtype: str) -> int:
   return KINDS[dtype].word.itemsize * KINDS[dtype].words
 
 
+def is_number(x: Any) -> bool:
+  """Returns whether a leaf is a Python number: data, though no array.
+
+  Args:
+    x: a leaf.
+
+  Example:
+    >>> is_number(0.5), is_number(np.float32(0.5)), is_number("0.5")
+    (True, False, False)
+  """
+  return type(x) in (bool, int, float, complex)
+
+
 def widened(dtype: Any) -> np.dtype:
   """Returns the dtype in which arithmetic on floating point numbers is done.
 
