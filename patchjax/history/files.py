@@ -20,7 +20,8 @@ from patchjax.trees.errors import RepositoryError
 TEMPORARY = ".tmp-"
 """Prefix of files being written; what a killed process leaves behind."""
 
-_LOCK = ".__lock"  # TensorStore's suffix of lock files
+LOCK = ".__lock"
+"""TensorStore's suffix of lock files."""
 
 
 class Files:
@@ -115,7 +116,7 @@ class Files:
       found += [
         name if place == "." else f"{place}/{name}"
         for name in folders + names
-        if is_temporary(name) and not name.endswith(_LOCK)
+        if is_temporary(name) and not name.endswith(LOCK)
       ]
     return sorted(found)
 
@@ -231,7 +232,7 @@ def is_temporary(name: str) -> bool:
   # The last is Orbax's: `<name>.orbax-checkpoint-tmp`.
   return (
     name.startswith(TEMPORARY)
-    or name.endswith(_LOCK)
+    or name.endswith(LOCK)
     or ".orbax-checkpoint-tmp" in name
   )
 
