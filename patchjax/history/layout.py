@@ -19,22 +19,41 @@ MARKER = "patchjax.json"
 VERSION = 1
 
 
-def local(path: str | os.PathLike[str]) -> str:
-  """Returns the absolute path of a local folder.
+def place(path: str | os.PathLike[str], *, remote: bool = False) -> str:
+  """Returns the absolute path of a local folder, or a URL as it is.
 
   Args:
-    path: path of a folder.
+    path: path of a folder, `gs://bucket/path` or, for a remote, also
+      `s3://bucket/path`.
+    remote: whether it is to be copied to and from only.
 
   Raises:
-    RepositoryError: if it is a URL.
+    RepositoryError: if no repository can live there.
+
+  Example:
+    >>> place("gs://bucket/model/")
+    'gs://bucket/model'
   """
   text = os.fspath(path)
-  if "://" in text:
+  if "://" not in text:
+    return os.path.abspath(os.path.expanduser(text))
+  scheme, _, rest = text.partition("://")
+  if scheme == "file":
+    return os.path.abspath(rest)
+  if scheme == "s3" and not remote:
     raise RepositoryError(
-      f"{text!r} is a URL: a repository lives in a local folder; copy it "
-      "there, or mount the bucket"
+      f"{text}: Orbax cannot write S3 payloads today, so a repository cannot "
+      "be worked in there; use a local repository with an S3 remote: "
+      f"`patchjax clone {text}`, or `patchjax push {text}`"
     )
-  return os.path.abspath(os.path.expanduser(text))
+  from patchjax.history.stores import SCHEMES
+
+  if scheme not in SCHEMES:
+    raise RepositoryError(
+      f"{text!r} is no place for a repository: expected a folder, "
+      "gs://BUCKET/PATH or s3://BUCKET/PATH"
+    )
+  return text.rstrip("/")
 
 
 def create(files: Files) -> None:
@@ -49,7 +68,8 @@ def create(files: Files) -> None:
   """
   if files.exists(MARKER):
     return
-  os.makedirs(files.root, exist_ok=True)
+  if files.local:
+    os.makedirs(files.root, exist_ok=True)
   if found := files.names(".")[:5]:
     raise RepositoryError(
       f"{files.root} is not empty and no repository: found "
@@ -72,7 +92,8 @@ def check(files: Files) -> None:
   try:
     data = files.read(MARKER)
   except (FileNotFoundError, NotADirectoryError) as error:
-    what = "is no" if os.path.isdir(files.root) else "does not exist, so no"
+    known = not files.local or os.path.isdir(files.root)
+    what = "is no" if known else "does not exist, so no"
     raise NotARepositoryError(
       f"{files.root} {what} patchjax repository (expected the file "
       f"{MARKER} in it); create one with `patchjax init`, or name another "
