@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from patchjax.history import (
+  collecting,
   exporting,
   graph,
   layout,
@@ -29,7 +30,7 @@ from patchjax.history import (
   notes,
   proposals,
 )
-from patchjax.history.files import Files
+from patchjax.history.files import open_files
 from patchjax.history.fsck import check
 from patchjax.history.objects import Commit, Objects
 from patchjax.history.refs import HEADS, TAGS, Refs
@@ -84,8 +85,8 @@ class Repo:
       NotARepositoryError: if it is none.
       FormatError: if it was written by a newer version.
     """
-    self.path = layout.local(path)
-    self.files = Files(self.path)
+    self.path = layout.place(path)
+    self.files = open_files(self.path)
     layout.check(self.files)
     self.objects = Objects(self.files)
     self.refs = Refs(self.files, self.objects)
@@ -106,7 +107,7 @@ class Repo:
       ...   Repo.init(folder).branches()
       {}
     """
-    layout.create(Files(layout.local(path)))
+    layout.create(open_files(layout.place(path)))
     return cls(path)
 
   @classmethod
@@ -402,4 +403,5 @@ class Repo:
   merge = merges.merge
   patch_of = proposals.patch_of
   fsck = check
+  gc = collecting.gc
   export = exporting.export
