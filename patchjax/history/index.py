@@ -28,6 +28,7 @@ _TABLES = """
 create table if not exists packs (pack text primary key) without rowid;
 create table if not exists locations (
   digest text, pack text, key text, encoding text, base text, depth integer,
+  tiles text,
   primary key (digest, pack)
 ) without rowid;
 """
@@ -44,6 +45,8 @@ class Location:
     encoding: see `encodings`.
     base: digest of the leaf it is a difference to; None if it is whole.
     depth: number of differences down to a whole leaf.
+    tiles: digests of its tiles, one after the other, so that a region can be
+      verified without the rest; None where the leaf is a single tile.
   """
 
   digest: str
@@ -52,6 +55,7 @@ class Location:
   encoding: str
   base: str | None
   depth: int
+  tiles: str | None = None
 
 
 def spell(locations: Iterable[Location]) -> dict[str, Any]:
@@ -66,6 +70,8 @@ def spell(locations: Iterable[Location]) -> dict[str, Any]:
       "depth": loc.depth,
       "encoding": loc.encoding,
       "key": loc.key,
+      # Absent for most leaves: an index of small leaves stays small.
+      **({"tiles": loc.tiles} if loc.tiles is not None else {}),
     }
     for loc in locations
   }
@@ -186,7 +192,7 @@ class Index:
         digest: [
           Location(*row)
           for row in database.execute(
-            "select digest, pack, key, encoding, base, depth from"
+            "select digest, pack, key, encoding, base, depth, tiles from"
             " locations where digest = ? order by depth, pack",
             (digest,),
           )
@@ -266,11 +272,8 @@ class Index:
       database.executemany("delete from locations where pack = ?", gone)
       database.executemany("delete from packs where pack = ?", gone)
       database.executemany(
-        "insert or replace into locations values (?, ?, ?, ?, ?, ?)",
-        [
-          (loc.digest, loc.pack, loc.key, loc.encoding, loc.base, loc.depth)
-          for loc in found
-        ],
+        "insert or replace into locations values (?, ?, ?, ?, ?, ?, ?)",
+        [dataclasses.astuple(loc) for loc in found],
       )
       database.executemany(
         "insert or replace into packs values (?)", [(pack,) for pack in new]
