@@ -211,6 +211,28 @@ class Files(abc.ABC):
     """
     return sorted(n for n in self.listing(folder) if not is_temporary(n))
 
+  def holding(self, folder: str, name: str) -> list[str]:
+    """Returns the sorted names of the folders in a folder that hold a file.
+
+    Args:
+      folder: key of the folder; one that does not exist is empty.
+      name: name of the file.
+    """
+    names = self.names(folder)
+    return [n for n in names if self.exists(f"{folder}/{n}/{name}")]
+
+  def read_all(self, keys: Iterable[str]) -> dict[str, bytes]:
+    """Returns the bytes under many keys; those that do not exist are left out.
+
+    Args:
+      keys: `/`-separated keys.
+    """
+    found = {}
+    for key in keys:
+      with contextlib.suppress(FileNotFoundError):
+        found[key] = self.read(key)
+    return found
+
   def write(self, key: str, data: bytes) -> None:
     """Writes an immutable value; see `write_all`.
 

@@ -23,7 +23,7 @@ from patchjax.trees.digest import canonical_json
 from patchjax.trees.errors import IntegrityError
 
 INDEX = "index.json"
-_CACHE = "cache/index.sqlite"
+_CACHE = "index.sqlite"
 _TABLES = """
 create table if not exists packs (pack text primary key) without rowid;
 create table if not exists locations (
@@ -133,25 +133,38 @@ def read(files: Files, pack: str) -> list[Location]:
   if folder == "blobs":
     entries = blobs.read_header(files.read(pack), name)[0]["index"]
   else:
-    data = files.read(f"{pack}/{INDEX}")
-    try:
-      document = json.loads(data)
-      version, entries = document["version"], document["entries"]
-      checksum = document["checksum"]
-    except (ValueError, TypeError, KeyError) as error:
-      raise IntegrityError(f"index of {pack} is damaged: {error}") from error
-    if version != 1:
-      raise IntegrityError(
-        f"index of {pack}: expected version 1, found {version!r}; it was "
-        "written by a newer patchjax: upgrade"
-      )
-    found = hashlib.sha256(canonical_json(entries)).hexdigest()
-    if checksum != found:
-      raise IntegrityError(
-        f"index of {pack} is damaged: expected the digest {checksum}, found "
-        f"{found}"
-      )
+    entries = parse(files.read(f"{pack}/{INDEX}"), pack)
   return [Location(digest=d, pack=pack, **item) for d, item in entries.items()]
+
+
+def parse(data: bytes, pack: str) -> dict[str, Any]:
+  """Returns the entries of an index file, verified.
+
+  Args:
+    data: its bytes.
+    pack: `payloads/<uuid>`, for messages.
+
+  Raises:
+    IntegrityError: if it is damaged.
+  """
+  try:
+    document = json.loads(data)
+    version, entries = document["version"], document["entries"]
+    checksum = document["checksum"]
+  except (ValueError, TypeError, KeyError) as error:
+    raise IntegrityError(f"index of {pack} is damaged: {error}") from error
+  if version != 1:
+    raise IntegrityError(
+      f"index of {pack}: expected version 1, found {version!r}; it was "
+      "written by a newer patchjax: upgrade"
+    )
+  found = hashlib.sha256(canonical_json(entries)).hexdigest()
+  if checksum != found:
+    raise IntegrityError(
+      f"index of {pack} is damaged: expected the digest {checksum}, found "
+      f"{found}"
+    )
+  return entries
 
 
 class Index:
@@ -170,9 +183,7 @@ class Index:
   def packs(self) -> list[str]:
     """Returns every payload (with an index) and every blob."""
     payloads = [
-      f"payloads/{name}"
-      for name in self.files.names("payloads")
-      if self.files.exists(f"payloads/{name}/{INDEX}")
+      f"payloads/{name}" for name in self.files.holding("payloads", INDEX)
     ]
     return payloads + [f"blobs/{name}" for name in self.files.names("blobs")]
 
@@ -204,7 +215,7 @@ class Index:
     """Deletes the cache: the next search reads every index again."""
     self._memory = None
     try:
-      os.unlink(self.files.path(_CACHE))
+      os.unlink(self.files.cache(_CACHE))
     except FileNotFoundError:
       pass
     except OSError:
@@ -235,8 +246,9 @@ class Index:
     if self._memory is not None:
       return self._memory
     try:
-      os.makedirs(self.files.path("cache"), exist_ok=True)
-      database = sqlite3.connect(self.files.path(_CACHE), timeout=30)
+      path = self.files.cache(_CACHE)
+      os.makedirs(os.path.dirname(path), exist_ok=True)
+      database = sqlite3.connect(path, timeout=30)
       # A cache may vanish with the power; it survives the end of a process.
       database.execute("pragma synchronous = off")
       database.executescript(_TABLES)

@@ -174,6 +174,23 @@ class StoreFiles(Files):
   def exists(self, key: str) -> bool:
     return self._has(key) or bool(self._keys(key))
 
+  def holding(self, folder: str, name: str) -> list[str]:
+    # One listing instead of a request a folder.
+    places = (key.split("/") for key in self._keys(folder))
+    return sorted(p[0] for p in places if p[1:] == [name])
+
+  def read_all(self, keys: Iterable[str]) -> dict[str, bytes]:
+    asked = [(key, self._store.read(key)) for key in keys]
+    found = {}
+    for key, future in asked:
+      try:
+        result = future.result()
+      except _ERRORS as error:
+        raise self._failed(key, "read", error) from error
+      if result.state == "value":
+        found[key] = bytes(result.value)
+    return found
+
   def _has(self, key: str) -> bool:
     try:
       # No bytes of it: this asks for the head alone.
