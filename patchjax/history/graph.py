@@ -1,20 +1,25 @@
-"""The graph of commits: revisions, ancestry and merge bases.
+"""The graph of commits: revisions, ancestry, ranges and merge bases.
 
-Works on commit objects alone; imports no array library.
+Works on commit objects alone; imports no array library. The position of a
+commit (`Commit.position`) sorts after those of all commits before it, so every
+walk here meets children before parents and stops as soon as it knows the
+answer: what lies further back is not read.
 """
 
 from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from patchjax.history import reflog
 from patchjax.history.objects import Commit, Objects, is_id
 from patchjax.history.refs import HEADS, TAGS, Refs
 from patchjax.trees.errors import IntegrityError, RefNotFoundError
 
 _STEP = re.compile(r"([~^])(\d*)")
 _REVISION = re.compile(r"(?P<start>[^~^]+)(?P<steps>([~^]\d*)*)")
+_BEFORE = re.compile(r"(?P<ref>.*)@\{(?P<number>\d+)\}")
 _SHORTEST_PREFIX = 4
 
 
@@ -23,8 +28,9 @@ def resolve(text: str, refs: Refs, objects: Objects) -> str:
 
   Args:
     text: a branch, tag, commit id or unique prefix of one (at least 4 digits),
-      or `heads/<branch>`, `tags/<tag>`; followed by any number of `~n` (n
-      first parents back) and `^n` (the n-th parent).
+      or `heads/<branch>`, `tags/<tag>`, or `<branch>@{n}`, what the branch
+      held before its last n moves; followed by any number of `~n` (n first
+      parents back) and `^n` (the n-th parent).
     refs: refs of the repository.
     objects: objects of the repository.
 
@@ -49,6 +55,9 @@ def resolve(text: str, refs: Refs, objects: Objects) -> str:
 
 
 def _start(text: str, refs: Refs, objects: Objects) -> str:
+  if match := _BEFORE.fullmatch(text):
+    name = match["ref"].removeprefix("refs/").removeprefix("heads/")
+    return reflog.before(refs, name or "main", int(match["number"]))
   for space, short in ((HEADS, "heads/"), (TAGS, "tags/")):
     for prefix in ("", short, f"refs/{short}"):
       if text.startswith(prefix):
@@ -92,6 +101,87 @@ def _parent(text: str, name: str, number: int, objects: Objects) -> str:
   return parents[number - 1]
 
 
+class Waiting:
+  """Commits to be visited, children before parents, else the latest first."""
+
+  def __init__(self, objects: Objects, names: Iterable[str] = ()):
+    self._objects = objects
+    self._heap: list[tuple[_Late, str]] = []
+    self._seen: set[str] = set()
+    for name in names:
+      self.add(name)
+
+  def add(self, name: str) -> None:
+    """Adds a commit, unless it was added before.
+
+    Args:
+      name: its id.
+    """
+    if name not in self._seen:
+      self._seen.add(name)
+      position = self._objects.commit(name).position
+      heapq.heappush(self._heap, (_Late(position), name))
+
+  def pop(self) -> Commit:
+    """Takes the commit that comes before all others."""
+    return self._objects.commit(heapq.heappop(self._heap)[1])
+
+  def __iter__(self) -> Iterator[str]:
+    return (name for _, name in self._heap)
+
+  def __bool__(self) -> bool:
+    return bool(self._heap)
+
+
+class _Late(str):
+  """A position; the later one comes first."""
+
+  __slots__ = ()
+
+  def __lt__(self, other: str) -> bool:
+    return str.__gt__(self, other)
+
+
+def walk(
+  tips: Iterable[str],
+  objects: Objects,
+  *,
+  without: Iterable[str] = (),
+  follow: Callable[[Commit], tuple[bool, Sequence[str]]] | None = None,
+) -> Iterator[Commit]:
+  """Yields commits and all before them: children first, else latest first.
+
+  Reads no further back than it yields (but for what is left out).
+
+  Args:
+    tips: commit ids.
+    objects: objects of the repository.
+    without: ids of commits that are left out with all before them.
+    follow: says of a commit whether to yield it, and which parents to go on
+      with; by default every commit, and all.
+  """
+  hidden = set(without)
+  waiting = Waiting(objects, [*tips, *hidden])
+  shown = not hidden.issuperset(waiting)  # whether some may be yielded
+  while waiting and shown:
+    commit = waiting.pop()
+    if commit.id in hidden:
+      parents = objects.parents(commit.id)
+      hidden.update(parents)
+      wanted = False
+    elif follow is None:
+      wanted, parents = True, objects.parents(commit.id)
+    else:
+      wanted, parents = follow(commit)
+    for parent in parents:
+      waiting.add(parent)
+    if commit.id in hidden:
+      # If all that waits is left out, so is all that lies behind it.
+      shown = not hidden.issuperset(waiting)
+    if wanted:
+      yield commit
+
+
 def ancestors(start: Iterable[str], objects: Objects) -> set[str]:
   """Returns the ids of commits and of all that came before them.
 
@@ -105,48 +195,55 @@ def ancestors(start: Iterable[str], objects: Objects) -> set[str]:
     name = stack.pop()
     if name not in seen:
       seen.add(name)
-      stack += objects.commit(name).parents
+      stack += objects.parents(name)
   return seen
 
 
-def history(tip: str, objects: Objects) -> list[Commit]:
-  """Returns a commit and all before it: children first, else newest first.
+def is_ancestor(name: str, tip: str, objects: Objects) -> bool:
+  """Returns whether a commit is another, or came before it.
 
   Args:
-    tip: commit id.
+    name: id of the one.
+    tip: id of the other.
     objects: objects of the repository.
   """
-  commits = {name: objects.commit(name) for name in ancestors([tip], objects)}
-  waiting = dict.fromkeys(commits, 0)
-  for commit in commits.values():
-    for parent in commit.parents:
-      waiting[parent] += 1
-  ready: list[tuple[float, str]] = [(0.0, tip)]
-  ordered = []
-  while ready:
-    commit = commits[heapq.heappop(ready)[1]]
-    ordered.append(commit)
-    for parent in commit.parents:
-      waiting[parent] -= 1
-      if not waiting[parent]:
-        age = -commits[parent].when.timestamp()
-        heapq.heappush(ready, (age, parent))
-  return ordered
+  end = objects.commit(name).position
+  waiting = Waiting(objects, [tip])
+  while waiting:
+    commit = waiting.pop()
+    if commit.id == name:
+      return True
+    if commit.position > end:
+      for parent in objects.parents(commit.id):
+        waiting.add(parent)
+  return False
 
 
 def merge_bases(tips: Sequence[str], objects: Objects) -> list[str]:
   """Returns the best common ancestors of commits.
 
   A common ancestor is best if it is no ancestor of another one. There are
-  several after a criss-cross merge, none between unrelated histories.
+  several after a criss-cross merge, none between unrelated histories. Reads
+  no further back than the bases.
 
   Args:
     tips: commit ids.
     objects: objects of the repository.
   """
-  common = set.intersection(*(ancestors([tip], objects) for tip in tips))
-  # What lies behind a common ancestor is common, but not best.
-  behind = {
-    parent for name in common for parent in objects.commit(name).parents
-  }
-  return sorted(common - behind)
+  reached: dict[str, int] = {}  # by which tips, as bits
+  for i, tip in enumerate(tips):
+    reached[tip] = reached.get(tip, 0) | 1 << i
+  all_tips = (1 << len(tips)) - 1
+  behind = all_tips + 1  # what lies behind a base is common, but not best
+  waiting = Waiting(objects, tips)
+  found = []
+  while waiting and any(reached[name] <= all_tips for name in waiting):
+    commit = waiting.pop()
+    bits = reached[commit.id]
+    if bits == all_tips:
+      found.append(commit.id)
+      bits |= behind
+    for parent in objects.parents(commit.id):
+      reached[parent] = reached.get(parent, 0) | bits
+      waiting.add(parent)
+  return sorted(found)

@@ -7,7 +7,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchjax.history import graph
+from patchjax.history import graph, reflog
 from patchjax.history.refs import HEADS
 from patchjax.trees.errors import RepositoryError
 
@@ -110,11 +110,10 @@ def merge(
     if commit.tree != base_commit.tree
   ]
   if (
-    fast_forward
-    and len(tips) == 2
-    and tip in graph.ancestors([tips[1]], objects)
+    fast_forward and len(tips) == 2 and graph.is_ancestor(tip, tips[1], objects)
   ):
-    repo.refs.move(HEADS, target, old=tip, new=tips[1])
+    why = f"merge {', '.join(refs)}: fast-forward"
+    reflog.move(repo, HEADS, target, old=tip, new=tips[1], why=why, who=author)
     return tips[1]
   named = _merged(repo, base_commit, contributing, method, fast_forward)
   return committing.record(
@@ -128,6 +127,7 @@ def merge(
     author=author,
     time=time,
     recipe=_recipe(method, base_id, contributing),
+    verb="merge",
   )
 
 

@@ -15,7 +15,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +41,8 @@ class Commit:
     time: when, in ISO 8601 with time zone.
     recipe: how a merge was computed; None otherwise.
     patch: id of the patch file that was submitted; None otherwise.
+    order: a time later than those of its parents, where `time` is not: clocks
+      disagree, and histories are imported. None otherwise.
   """
 
   id: str
@@ -52,6 +53,16 @@ class Commit:
   time: str
   recipe: dict[str, Any] | None = None
   patch: str | None = None
+  order: str | None = None
+
+  @property
+  def position(self) -> str:
+    """A text that sorts after those of all commits before it.
+
+    Walking a history by it meets children before parents, without looking
+    ahead.
+    """
+    return self.order or self.time
 
   @property
   def when(self) -> datetime.datetime:
@@ -100,6 +111,7 @@ def commit_bytes(
   time: str,
   recipe: dict[str, Any] | None,
   patch: str | None,
+  order: str | None = None,
 ) -> bytes:
   """Returns the bytes of a commit object; arguments as in `Commit`."""
   spelled: dict[str, Any] = {
@@ -115,6 +127,8 @@ def commit_bytes(
     spelled["recipe"] = recipe
   if patch is not None:
     spelled["patch"] = patch
+  if order is not None:
+    spelled["order"] = order
   return spell(spelled)
 
 
@@ -178,30 +192,46 @@ class Objects:
     self.write_all({name: data})
     return name
 
-  def write_all(self, objects: Mapping[str, bytes]) -> None:
+  def write_all(
+    self,
+    objects: Mapping[str, bytes],
+    beside: Mapping[str, bytes] | None = None,
+  ) -> None:
     """Stores objects; what is stored already is freshened, not written again.
 
     Args:
       objects: `{id: bytes}`.
+      beside: `{key: bytes}` of other files to write in the same go.
     """
-    self.files.write_all(
-      {
-        key_of(name): data
-        for name, data in objects.items()
-        if not self._holds(name, len(data))
-      }
-    )
+    new = {
+      key_of(name): data
+      for name, data in objects.items()
+      if not self._holds(name, len(data))
+    }
+    self.files.write_all({**new, **(beside or {})})
+
+  def freshen(self, name: str) -> None:
+    """Keeps an object, and all that it needs, from a `gc` under way.
+
+    Args:
+      name: its id.
+
+    Raises:
+      IntegrityError: if it is gone.
+    """
+    key = key_of(name)
+    # What belongs to another user cannot be freshened: it is there, at least.
+    if not self.files.freshen(key) and not self.files.exists(key):
+      raise IntegrityError(
+        f"object {name} is missing: expected the file {self.files.path(key)}; "
+        "nothing refers to it any more, and gc has removed it"
+      )
 
   def _holds(self, name: str, size: int) -> bool:
     # A damaged file of another length is written over; fsck finds the rest.
     # Fresh before it is looked at: from then on a `gc` leaves it alone.
     key = key_of(name)
-    if not self.files.freshen(key):
-      return False
-    try:
-      return os.path.getsize(self.files.path(key)) == size
-    except OSError:
-      return False
+    return self.files.freshen(key) and self.files.holds(key, size)
 
   def read(self, name: str) -> bytes:
     """Returns the bytes of an object.
@@ -261,6 +291,14 @@ class Objects:
         raise IntegrityError(f"commit {name} lacks a field: {error}") from error
     return self._commits[name]
 
+  def parents(self, name: str) -> tuple[str, ...]:
+    """Returns the ids of the parents with which a history goes on.
+
+    Args:
+      name: id of a commit.
+    """
+    return self.commit(name).parents
+
   def note(self, name: str) -> dict[str, Any]:
     """Returns a note; see `notes`.
 
@@ -319,6 +357,11 @@ class Objects:
 
     visit(name, ())
     return leaves
+
+  def forget(self) -> None:
+    """Drops what was read before: some of it may have been removed."""
+    self._commits.clear()
+    self._folders.clear()
 
   def with_prefix(self, prefix: str) -> list[str]:
     """Returns the ids of the objects that start with a prefix.

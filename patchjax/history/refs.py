@@ -107,26 +107,69 @@ class Refs:
     found = {name: self.get(space, name) for name in self.names(space)}
     return {name: id_ for name, id_ in found.items() if id_ is not None}
 
-  def move(self, space: str, name: str, *, old: str | None, new: str) -> None:
+  def readable(self, space: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the refs of a space, and what is wrong with damaged ones.
+
+    Args:
+      space: `HEADS`, `TAGS` or `NOTES`.
+
+    Returns:
+      `({name: id}, {name: message})`.
+    """
+    found, damaged = {}, {}
+    for name in self.names(space):
+      try:
+        id_ = self.get(space, name)
+      except IntegrityError as error:
+        damaged[name] = str(error)
+      else:
+        if id_ is not None:
+          found[name] = id_
+    return found, damaged
+
+  def check(self, space: str, name: str, *, new: bool) -> None:
+    """Checks that there can be a ref of a name.
+
+    Args:
+      space: `HEADS`, `TAGS` or `NOTES`.
+      name: name within the space.
+      new: whether it is to be created.
+
+    Raises:
+      RepositoryError: if it is no name, or collides with that of another ref.
+    """
+    if space != NOTES:
+      check_name(name)
+    if new:
+      self._check_folders(space, name)
+
+  def move(
+    self, space: str, name: str, *, old: str | None, new: str | None
+  ) -> None:
     """Moves a ref if it still holds what the caller has seen.
+
+    Branches and tags are moved by `reflog.move`, which also logs it.
 
     Args:
       space: `HEADS`, `TAGS` or `NOTES`.
       name: name within the space.
       old: the id it must hold; None if it must not exist.
-      new: the id it shall hold; its object must be stored already.
+      new: the id it shall hold, whose object must be stored already; None
+        removes the ref.
 
     Raises:
       ConflictError: if it holds another id by now.
+      IntegrityError: if the object is gone.
     """
-    if space != NOTES:
-      check_name(name)
+    self.check(space, name, new=old is None)
+    if new is not None:
+      self._objects.freshen(new)
     if old is None:
-      self._check_folders(space, name)
+      self.files.prune(f"{space}/{name}")  # left by refs that were removed
     swapped = self.files.swap(
       f"{space}/{name}",
       old=None if old is None else f"{old}\n".encode(),
-      new=f"{new}\n".encode(),
+      new=None if new is None else f"{new}\n".encode(),
     )
     if not swapped:
       raise ConflictError(self._conflict(space, name, old))
@@ -145,17 +188,27 @@ class Refs:
     noun = _NOUN[space]
     if now is None:
       return f"{noun} {name!r} does not exist any more; expected it at {old}"
-    who = ""
-    if space != NOTES:
-      commit = self._objects.commit(now)
-      who = f" ({commit.author}, {commit.time}: {commit.title})"
+    where = now[:12] if space == NOTES else self.describe(now)
     if old is None:
-      return f"{noun} {name!r} exists already, at {now[:12]}{who}"
+      return f"{noun} {name!r} exists already, at {where}"
     return (
       f"{noun} {name!r} moved in the meantime: expected it at {old[:12]}, "
-      f"found it at {now[:12]}{who}; nothing was lost: look at the new "
-      "tip, then commit again on top of it, or merge"
+      f"found it at {where}; nothing was lost: look at the new tip, then "
+      "commit again on top of it (retry=True, if the changes do not touch "
+      "the same leaves), or merge"
     )
+
+  def describe(self, name: str) -> str:
+    """Returns what a message says of a commit: its id, author, time, title.
+
+    Args:
+      name: its id.
+    """
+    try:
+      commit = self._objects.commit(name)
+    except IntegrityError:
+      return name[:12]
+    return f"{name[:12]} ({commit.author}, {commit.time}: {commit.title})"
 
   def must(self, space: str, name: str) -> str:
     """Returns the id that a ref holds.

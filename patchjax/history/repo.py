@@ -2,6 +2,7 @@
 
     patchjax.json             what this folder is, and the version of its format
     refs/heads, refs/tags     one commit id each; refs/notes: the latest note
+    logs/heads, logs/tags     one file each time one of them was moved
     objects/ab/cdef...        immutable: commits, trees, notes, patch files
     payloads/<uuid>/          plain Orbax checkpoints with their leaf index
     blobs/<sha256>            small payloads in one file
@@ -22,22 +23,23 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from patchjax.history import (
+  blaming,
+  branching,
   collecting,
   exporting,
   graph,
   layout,
+  listing,
   merges,
   notes,
   proposals,
+  reflog,
 )
 from patchjax.history.files import open_files
 from patchjax.history.fsck import check
 from patchjax.history.objects import Commit, Objects
-from patchjax.history.refs import HEADS, TAGS, Refs
-from patchjax.trees.errors import (
-  ConflictError,
-  RepositoryError,
-)
+from patchjax.history.refs import Refs
+from patchjax.trees.errors import RepositoryError
 
 if TYPE_CHECKING:
   from patchjax.history.differences import TreeDiff
@@ -54,8 +56,9 @@ class Repo:
   """A repository of model weights.
 
   A reference (`ref`) is a branch, a tag, a commit id or a unique prefix of one
-  (at least 4 digits), followed by any number of `~n` (n first parents back)
-  and `^n` (the n-th parent).
+  (at least 4 digits), or `<branch>@{n}` (what the branch was before its last
+  n moves), followed by any number of `~n` (n first parents back) and `^n` (the
+  n-th parent).
 
   Attributes:
     path: absolute path of its folder.
@@ -158,6 +161,7 @@ class Repo:
     parents: Sequence[str] | None = None,
     on: str | None = None,
     recipe: dict[str, Any] | None = None,
+    retry: bool | int = False,
   ) -> str:
     """Stores a value as a new version of a branch.
 
@@ -181,12 +185,19 @@ class Repo:
       on: for a patch, the ref it was made for; by default the branch's tip.
         Stands for `parents=[on]`.
       recipe: JSON-able account of how the value was computed.
+      retry: what to do if somebody else moved the branch since the first
+        parent. If theirs and this commit changed other leaves, both changes
+        are put together and committed on top of theirs: as often as it takes
+        (True), or at most so many times. Name the version that the value was
+        made from in `parents`: what has happened before this call is not
+        noticed otherwise.
 
     Returns:
       The commit id.
 
     Raises:
-      ConflictError: if somebody else moved the branch in the meantime.
+      ConflictError: if somebody else moved the branch in the meantime; says
+        who. With `retry`, if they changed the same leaves; names them.
       BaseMismatchError: if the patch was made for another value.
       StructureError: if the tree is empty or ambiguous.
       DtypeError: lists every leaf that cannot be stored.
@@ -205,7 +216,9 @@ class Repo:
 
     if on is not None and parents is not None:
       raise RepositoryError("commit: give `on` or `parents`, not both")
-    ids, expected = committing.parents_of(self, branch, [on] if on else parents)
+    ids, expected = committing.parents_of(
+      self, branch, [on] if on else parents, retry=retry
+    )
     old = self.tree(ids[0]) if ids else {}
     patch_id = None
     if proposals.is_patch(value):
@@ -224,6 +237,7 @@ class Repo:
       time=time,
       recipe=recipe,
       patch=patch_id,
+      retry=retry,
     )
 
   def resolve(self, ref: str) -> str:
@@ -245,15 +259,6 @@ class Repo:
     """
     return self.objects.commit(self.resolve(ref))
 
-  def log(self, ref: str = "main", *, limit: int | None = None) -> list[Commit]:
-    """Returns a commit and all before it: children first, else newest first.
-
-    Args:
-      ref: see the class.
-      limit: how many to return at most.
-    """
-    return graph.history(self.resolve(ref), self.objects)[:limit]
-
   def tree(self, ref: str = "main") -> dict[str, Entry]:
     """Returns digest, dtype and shape of every leaf of a version.
 
@@ -261,50 +266,6 @@ class Repo:
       ref: see the class.
     """
     return self.objects.tree(self.show(ref).tree)
-
-  def branches(self) -> dict[str, str]:
-    """Returns `{branch: commit id}`."""
-    return self.refs.all(HEADS)
-
-  def tags(self) -> dict[str, str]:
-    """Returns `{tag: commit id}`."""
-    return self.refs.all(TAGS)
-
-  def branch(self, name: str, at: str = "main") -> str:
-    """Creates a branch and returns the id of the commit it starts at.
-
-    Args:
-      name: its name.
-      at: ref to start at.
-
-    Raises:
-      ConflictError: if there is such a branch.
-    """
-    return self._create(HEADS, name, at)
-
-  def tag(self, name: str, ref: str = "main") -> str:
-    """Names a version for good and returns its commit id; tags never move.
-
-    Args:
-      name: name of the tag.
-      ref: the version.
-
-    Raises:
-      ConflictError: if there is such a tag.
-    """
-    return self._create(TAGS, name, ref)
-
-  def _create(self, space: str, name: str, ref: str) -> str:
-    commit = self.resolve(ref)
-    other = TAGS if space == HEADS else HEADS
-    if self.refs.get(other, name) is not None:
-      noun = "tag" if other == TAGS else "branch"
-      raise ConflictError(
-        f"there is a {noun} {name!r} already; one name for both would be "
-        "ambiguous"
-      )
-    self.refs.move(space, name, old=None, new=commit)
-    return commit
 
   def checkout(
     self, ref: str = "main", *, like: Any = None, only: Any = None
@@ -399,6 +360,14 @@ class Repo:
     return notes.read(self.objects, self.refs, self.resolve(ref), kind)
 
   # Verbs that live in modules of their own: functions of a repository.
+  log = listing.log
+  branches = branching.branches
+  tags = branching.tags
+  branch = branching.branch
+  tag = branching.tag
+  reset = branching.reset
+  reflog = reflog.reflog
+  blame = blaming.blame
   merge_base = merges.merge_base
   merge = merges.merge
   patch_of = proposals.patch_of

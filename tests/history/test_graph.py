@@ -152,7 +152,7 @@ def test_log_puts_children_first_whatever_the_clocks_say():
     repo.branch("b")
     repo.commit(shifted(1), message="b", branch="b", time=1.0)
     repo.commit(shifted(2), message="c", branch="b", time=50.0)
-    repo.commit(shifted(3), message="d", time=60.0)
+    repo.commit(shifted(3), message="d", time=160.0)
     repo.merge("main", "b", method=pj.merging.linear(), time=2.0)
     titles = [c.message for c in repo.log()]
     assert titles == ["Merge b into main", "d", "c", "b", "a"]
