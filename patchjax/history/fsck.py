@@ -244,10 +244,10 @@ class _Check:
     if kind == "note":
       note = self.repo.objects.note(name)
       user = f"note {name[:12]}"
-      needs = [(note["commit"], "commit", user, ())]
-      if note["previous"] is not None:
-        needs.append((note["previous"], "note", user, ()))
-      return needs
+      # Its commit it can do without: `gc` removes that first.
+      if note["previous"] is None:
+        return []
+      return [(note["previous"], "note", user, ())]
     needs = []
     if kind == "tree":
       for part, item in self.repo.objects.folder(name).items():

@@ -38,8 +38,10 @@ def add(
     time: since when, ISO 8601.
 
   Raises:
+    IntegrityError: if the commit is gone.
     ConflictError: if others keep writing notes to this commit.
   """
+  objects.freshen(commit)
   for attempt in range(_TRIES):
     previous = refs.get(NOTES, commit)
     spelled = {
