@@ -13,12 +13,9 @@ from patchjax.history.encodings.choosing import MAX_DEPTH, SMALLEST, choose
 from patchjax.history.encodings.common import (
   Encoding,
   Fetch,
-  Region,
   fetch_from,
   key_of,
   parts_of,
-  region_of,
-  region_shape,
   word_of,
   words_shape,
 )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
 
-from patchjax.trees import dtypes
+from patchjax.trees import dtypes, tiles
 from patchjax.trees.digest import Entry
-
-Region = tuple[slice, ...]
-"""A hyper-rectangle of a leaf's words: one slice an axis, step 1."""
+from patchjax.trees.tiles import Region
 
 # Words of one key of JAX's own PRNGs.
 _KEY_WORDS = {"key<fry>": 2, "key<rbg>": 4, "key<urbg>": 4}
@@ -32,8 +31,9 @@ class Fetch(Protocol):
     Args:
       part: which of the leaf's arrays; "" where there is one.
       region: which part of the stored array; None for all of it.
-      out: where to put it, of the shape of the result (strides are free:
-        interleaving while copying costs nothing); by default a new array.
+      out: where to put it, of the dtype and shape of the result (strides are
+        free: interleaving while copying costs nothing); by default a new
+        array.
     """
     ...
 
@@ -50,17 +50,22 @@ Decode = Callable[
 class Encoding:
   """One way to hold a leaf.
 
+  A region is one of the leaf: words that an element has on a last axis (those
+  of complex numbers and keys) are always taken together.
+
   Attributes:
     name: its name in indices.
     encode: `(words, base, entry) -> {part: array}`; `base` are the words of
       another leaf of the same dtype and shape, None unless `delta`.
     decode: `(entry, region, fetch, base) -> words` of that region (None: of
       the whole leaf), the inverse; `base` are the base's words of the same
-      region. Raises ValueError if what is stored cannot be such a leaf.
+      region and are not written to. Raises ValueError if what is stored
+      cannot be such a leaf.
     parts: names of the arrays it may store; "" where there is one.
     delta: whether it is a difference to a base.
     elementwise: whether shards can be encoded one by one, in place: there is
       one array, `[planes, *words]` of a delta, `[*leaf]` of a whole leaf.
+    heavy: whether decoding takes time for each word, changed or not.
   """
 
   name: str
@@ -69,6 +74,7 @@ class Encoding:
   parts: tuple[str, ...] = ("",)
   delta: bool = False
   elementwise: bool = False
+  heavy: bool = False
 
 
 def word_of(dtype: str) -> np.dtype:
@@ -102,36 +108,60 @@ def words_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
   return (*shape, 2) if dtypes.KINDS[dtype].words == 2 else shape
 
 
-def region_of(entry: Entry, region: Region | None) -> Region:
+def full(entry: Entry, region: Region | None) -> Region:
   """Returns a region with all its bounds spelled out.
 
   Args:
     entry: the leaf.
-    region: a region of its words; None for all of them.
+    region: a region of it; None for all of it.
 
   Example:
-    >>> region_of(Entry("", "float32", (4,)), None)
-    (slice(0, 4, 1),)
+    >>> full(Entry("", "float32", (4,)), None)
+    (slice(0, 4, None),)
   """
-  shape = words_shape(entry.dtype, entry.shape)
   if region is None:
-    region = (slice(None),) * len(shape)
-  return tuple(
-    slice(*part.indices(size)) for part, size in zip(region, shape, strict=True)
-  )
+    return tiles.whole(entry.shape)
+  return tiles.region_of(region, entry.shape)
 
 
-def region_shape(region: Region) -> tuple[int, ...]:
-  """Returns the shape of a region.
+def of_words(entry: Entry, region: Region) -> Region:
+  """Returns the region of a leaf's words that a region of the leaf is.
 
   Args:
-    region: as `region_of` gives it.
+    entry: the leaf.
+    region: with all its bounds spelled out.
 
   Example:
-    >>> region_shape((slice(2, 5, 1), slice(0, 4, 1)))
-    (3, 4)
+    >>> of_words(Entry("", "complex64", (4,)), (slice(1, 3),))
+    (slice(1, 3, None), slice(0, 2, None))
   """
-  return tuple(max(part.stop - part.start, 0) for part in region)
+  inner = words_shape(entry.dtype, entry.shape)[len(entry.shape) :]
+  return (*region, *(slice(0, size) for size in inner))
+
+
+def grid_of(entry: Entry) -> tiles.Grid:
+  """Returns how a leaf is cut into tiles.
+
+  Args:
+    entry: the leaf.
+  """
+  inner = words_shape(entry.dtype, entry.shape)[len(entry.shape) :]
+  size = word_of(entry.dtype).itemsize * math.prod(inner)
+  return tiles.grid(entry.shape, size)
+
+
+def needed(base: np.ndarray | None) -> np.ndarray:
+  """Returns the base of a difference.
+
+  Args:
+    base: what was given for it.
+
+  Raises:
+    ValueError: if that is None.
+  """
+  if base is None:
+    raise ValueError("a difference without its base")
+  return base
 
 
 def expect(stored: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> None:

@@ -12,14 +12,14 @@ import numpy as np
 from patchjax.history.encodings.common import (
   Encoding,
   Fetch,
-  Region,
   expect,
-  region_of,
-  region_shape,
+  full,
+  of_words,
   word_of,
 )
-from patchjax.trees import dtypes
+from patchjax.trees import dtypes, tiles
 from patchjax.trees.digest import Entry
+from patchjax.trees.tiles import Region
 
 # What TensorStore's zarr3 driver and numpy both know.
 _NATIVE = frozenset(
@@ -65,23 +65,19 @@ def _decode_dense(
   entry: Entry, region: Region | None, fetch: Fetch, base: np.ndarray | None
 ) -> np.ndarray:
   del base
-  region = region_of(entry, region)
-  kind = dtypes.KINDS[entry.dtype]
-  # A complex number is one stored element and two words on a last axis.
-  outer = region[: len(entry.shape)]
-  stored = fetch("", outer)
-  expect(stored, kind.dtype, region_shape(outer))
-  words = dtypes.to_words(stored)
-  return words[..., region[-1]] if kind.words == 2 else words
+  region = full(entry, region)
+  stored = fetch("", region)
+  expect(stored, dtypes.KINDS[entry.dtype].dtype, tiles.shape_of(region))
+  return dtypes.to_words(stored)
 
 
 def _decode_words(
   entry: Entry, region: Region | None, fetch: Fetch, base: np.ndarray | None
 ) -> np.ndarray:
   del base
-  region = region_of(entry, region)
-  stored = fetch("", region)
-  expect(stored, word_of(entry.dtype), region_shape(region))
+  part = of_words(entry, full(entry, region))
+  stored = fetch("", part)
+  expect(stored, word_of(entry.dtype), tiles.shape_of(part))
   return stored
 
 
