@@ -1,8 +1,11 @@
 """Payloads: the arrays of a commit as a plain Orbax checkpoint.
 
-The only module that calls Orbax. A payload is a flat dict of host arrays under
-`payloads/<uuid>/`, which `orbax.checkpoint.v1.load` opens without patchjax,
-and an `index.json` beside Orbax's files that says which leaf each array is.
+The only module that calls Orbax, and knows how its files are laid out (zarr3
+arrays in an OCDBT store; hence the pinned version). A payload is a flat dict
+of arrays under `payloads/<uuid>/`, which `orbax.checkpoint.v1.load` opens
+without patchjax, and an `index.json` beside Orbax's files that says which leaf
+each array is. We read it through TensorStore, which costs less than Orbax's
+own `load` and reads any region.
 Paths are unique, since Orbax's temporary names derive from them; the index is
 written last, so that a payload without one does not exist.
 
@@ -13,6 +16,8 @@ payload verifies digests.
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,8 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from patchjax.history.files import TEMPORARY
+from patchjax.history.files import TEMPORARY, Files
 from patchjax.trees.errors import FormatError, IntegrityError, RepositoryError
+
+_STATE = "state"  # Orbax's folder for a pytree
+_NODES = 32 << 20  # bytes of OCDBT nodes kept in memory
+
+_ALIGNMENT = 64  # bytes
+
+_CHUNK = 8 << 20  # bytes of a chunk at most: what a partial read has to decode
 
 # What Orbax and TensorStore raise when a disk is full, a path is gone, a chunk
 # does not decode, or Orbax's own metadata were changed (it trusts their types).
@@ -83,32 +95,118 @@ def _probe(path: str) -> None:
   os.rmdir(probe)
 
 
-def load(path: str, keys: Iterable[str]) -> dict[str, np.ndarray]:
-  """Reads some arrays of a payload; the caller verifies them.
+class Payload:
+  """Reads the arrays of one payload, whole or in part, through TensorStore.
 
-  Args:
-    path: folder of the checkpoint.
-    keys: names of the arrays.
-
-  Raises:
-    IntegrityError: if it cannot be read.
+  What is read is not verified.
   """
-  from orbax.checkpoint import v1 as ocp
 
-  keys = list(keys)
-  context = ocp.Context()
-  context.pytree.loading.partial_load = True
-  try:
-    with context, _quiet():
-      # Asked for by type alone: Orbax would truncate or cast to a shape and a
-      # dtype that differ from what is stored.
-      found = ocp.load(path, dict.fromkeys(keys, np.ndarray))
-  except _STORAGE_ERRORS as error:
-    raise IntegrityError(
-      f"payload {path} cannot be read: {_brief(error)}"
-    ) from error
-  # A key that is not stored comes back as what was asked for, not as data.
-  return {k: found[k] for k in keys if isinstance(found.get(k), np.ndarray)}
+  def __init__(self, files: Files, pack: str):
+    """Names a payload; nothing is read yet.
+
+    Args:
+      files: files of the repository.
+      pack: `payloads/<uuid>`.
+    """
+    self._spec = files.spec(f"{pack}/{_STATE}")
+    self._files = files
+    self._path = files.path(pack)
+    self._opened: dict[str, Any] = {}
+
+  @functools.cached_property
+  def _context(self) -> Any:
+    import tensorstore as ts
+
+    # One for each payload object: what is remembered of the disk goes with
+    # it, so that a check sees the disk.
+    nodes = {"cache_pool#nodes": {"total_bytes_limit": _NODES}}
+    return ts.Context(nodes, getattr(self._files, "context", ts.Context()))
+
+  def open(self, keys: Iterable[str]) -> None:
+    """Opens arrays side by side, before they are read one by one.
+
+    Args:
+      keys: names of the arrays.
+    """
+    import tensorstore as ts
+
+    for key in keys:
+      if key not in self._opened:
+        spec = {
+          "driver": "zarr3",
+          "kvstore": {
+            "driver": "ocdbt",
+            "base": self._spec,
+            "path": f"{key}/",
+            # Index nodes are shared by all arrays and regions.
+            "cache_pool": "cache_pool#nodes",
+          },
+          # Payloads never change.
+          "recheck_cached_data": False,
+          "recheck_cached_metadata": False,
+        }
+        # The future is kept: nobody waits for an array that nobody reads.
+        self._opened[key] = ts.open(
+          spec, open=True, read=True, context=self._context
+        )
+
+  def read(
+    self,
+    key: str,
+    region: tuple[slice, ...] | None = None,
+    out: np.ndarray | None = None,
+  ) -> np.ndarray:
+    """Returns an array, or a region of it.
+
+    Args:
+      key: name of the array.
+      region: which part of it; None for all.
+      out: where to put it, of the shape and dtype of the result.
+
+    Raises:
+      IntegrityError: if it cannot be read, or has another shape or dtype.
+    """
+    import tensorstore as ts
+
+    self.open([key])
+    try:
+      array = self._opened[key].result()
+      if region is not None:
+        _check_region(key, region, array.shape)
+        array = array[region][ts.d[:].translate_to[0]]
+      if out is None:
+        out = _aligned(array.shape, array.dtype.numpy_dtype)
+      if (array.dtype.numpy_dtype, array.shape) != (out.dtype, out.shape):
+        raise ValueError(
+          f"expected {out.dtype.name} of shape {out.shape}, found "
+          f"{array.dtype.name} of shape {array.shape}"
+        )
+      ts.array(out).write(array).result()
+      return out
+    except _STORAGE_ERRORS as error:
+      raise IntegrityError(
+        f"payload {self._path}, array {key!r} cannot be read: {_brief(error)}"
+      ) from error
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """Returns an array whose memory JAX can use on a CPU without a copy."""
+  size = math.prod(shape) * dtype.itemsize
+  room = np.empty(size + _ALIGNMENT, np.uint8)
+  start = -room.ctypes.data % _ALIGNMENT
+  return room[start : start + size].view(dtype).reshape(shape)
+
+
+def _check_region(
+  key: str, region: tuple[slice, ...], shape: tuple[int, ...]
+) -> None:
+  if len(region) != len(shape) or any(
+    s.stop > n for s, n in zip(region, shape)
+  ):
+    raise ValueError(
+      f"the array {key!r} has the shape {shape}: it does not hold the region "
+      f"{[(s.start, s.stop) for s in region]}"
+    )
 
 
 def load_tree(path: str) -> Any:

@@ -1,21 +1,25 @@
-"""Reading leaves: from digests to verified bits.
+"""Reading leaves: from digests to verified bits, whole or by region.
 
-Chains of differences are followed down to a whole leaf, each payload is opened
-once for all arrays that are needed from it, and the digest of every leaf is
-computed from the decoded bits before anybody sees them.
+A leaf that is held as a difference is decoded from the same region of its
+base, down to one that is whole; nothing else is read. What is decoded is
+verified before anybody sees it: a whole leaf by its digest, a region tile by
+tile, by the digests of tiles that hash to the leaf's.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from patchjax.history import blobs, encodings, payloads
+from patchjax.history import encodings
 from patchjax.history.files import Files
 from patchjax.history.index import Index, Location
-from patchjax.trees.digest import Entry, words_digest
+from patchjax.history.places import Packs
+from patchjax.history.threads import each
+from patchjax.trees import dtypes, tiles
+from patchjax.trees.digest import Entry, root, tile_digests, words_digest
 from patchjax.trees.errors import IntegrityError
 
 
@@ -46,21 +50,43 @@ class LeafReader:
     """
     self.index.refresh()
     unique = {entry.digest: entry for entry in entries.values()}
-    words = {
-      digest: empty(entry) for digest, entry in unique.items() if not entry.size
-    }
-    wanted = {d: e for d, e in unique.items() if d not in words}
-    plan = self._plan(wanted)
-    why: dict[str, str] = {}
-    words |= self._decode(wanted, plan, why)
-    for digest in [d for d in wanted if d not in words]:
-      found = self._recover(wanted[digest], encodings.MAX_DEPTH + 1, why)
-      if found is not None:
-        words[digest] = found
+    words = {d: empty(entry) for d, entry in unique.items() if not entry.size}
+    session = _Session(self)
+    words |= session.decode({d: e for d, e in unique.items() if d not in words})
     bad = {name: e for name, e in entries.items() if e.digest not in words}
     if bad:
-      raise IntegrityError(self._explain(bad, why))
+      raise IntegrityError(self._explain(bad, session.why))
     return {name: words[entry.digest] for name, entry in entries.items()}
+
+  def read_regions(
+    self, wanted: Sequence[tuple[str, Entry, tiles.Region]]
+  ) -> list[np.ndarray]:
+    """Returns the bits of regions of leaves, verified tile by tile.
+
+    Only the chunks that hold the tiles around a region are read.
+
+    Args:
+      wanted: name, entry and region (of the leaf, without the words' last
+        axis) of each.
+
+    Returns:
+      The words of each, in order; none of them shares memory with another.
+
+    Raises:
+      IntegrityError: lists every leaf that is missing or damaged.
+    """
+    self.index.refresh()
+    session = _Session(self)
+    session.plan({entry.digest for _, entry, _ in wanted if entry.size})
+    found = each(lambda item: session.region(item[1], item[2]), wanted)
+    bad = {
+      name: entry
+      for (name, entry, _), words in zip(wanted, found)
+      if words is None
+    }
+    if bad:
+      raise IntegrityError(self._explain(bad, session.why))
+    return [words for words in found if words is not None]
 
   def verify(
     self, entries: Mapping[str, Entry]
@@ -74,171 +100,22 @@ class LeafReader:
       `(good, why, used)`: digests that can be read from some place, what is
       wrong with the places of the others and of these, and the packs used.
     """
-    plan = self._plan(entries)
-    used = {place.pack for place in plan.values()}
-    first: dict[str, str] = {}
-    good = set(self._decode(entries, plan, first))
+    session = _Session(self)
+    good = set(session.decode(entries, recover=False))
+    used = {place.pack for place in session.places.values()}
     why = collections.defaultdict(list)
     for digest, places in self.index.find(entries).items():
       entry = entries[digest]
       used |= {place.pack for place in places}
       if digest not in good:
-        why[digest].append(first.get(digest, "stored in no payload"))
+        why[digest].append(session.why.get(digest, "stored in no payload"))
       for place in places[1:]:
-        each: dict[str, str] = {}
-        if self._from(place, entry, each) is None:
-          why[digest].append(each[digest])
+        session.why.pop(digest, None)
+        if session.read_from(place, entry, None) is None:
+          why[digest].append(session.why[digest])
         else:
           good.add(digest)
     return good, dict(why), used
-
-  def _plan(self, wanted: Iterable[str]) -> dict[str, Location]:
-    """Returns where to read each leaf, and all the bases that it needs."""
-    plan: dict[str, Location] = {}
-    level = set(wanted)
-    while level:
-      for digest, places in self.index.find(level).items():
-        if places:
-          plan[digest] = places[0]
-      bases = (plan[digest].base for digest in level if digest in plan)
-      level = {base for base in bases if base is not None} - plan.keys()
-    return plan
-
-  def _decode(
-    self,
-    wanted: Mapping[str, Entry],
-    plan: Mapping[str, Location],
-    why: dict[str, str],
-  ) -> dict[str, np.ndarray]:
-    """Decodes what can be; says in `why` what cannot."""
-    # A base has the dtype and shape of the leaf that is a difference to it.
-    entries = dict(wanted)
-    deepest = sorted(plan.values(), key=lambda loc: -loc.depth)
-    for location in deepest:
-      if location.base is not None and location.digest in entries:
-        entry = entries[location.digest]
-        entries.setdefault(
-          location.base, Entry(location.base, entry.dtype, entry.shape)
-        )
-    keys = collections.defaultdict(set)
-    uses = collections.Counter(wanted.keys())
-    for location in plan.values():
-      keys[location.pack].update(_keys(location))
-      if location.base is not None:
-        uses[location.base] += 1
-    raw: dict[str, dict[str, np.ndarray]] = {}
-    done: dict[str, np.ndarray] = {}
-    words: dict[str, np.ndarray] = {}
-    for location in reversed(deepest):
-      digest, entry = location.digest, entries.get(location.digest)
-      if entry is None:
-        continue  # an index that contradicts itself
-      if location.pack not in raw:
-        raw[location.pack] = self._load(location.pack, keys[location.pack], why)
-      stored = {
-        key: raw[location.pack].pop(key)
-        for key in _keys(location)
-        if key in raw[location.pack]
-      }
-      base = done.get(location.base) if location.base is not None else None
-      found = self._one(location, entry, stored, base, why)
-      if location.base is not None:
-        uses[location.base] -= 1
-        if not uses[location.base]:
-          done.pop(location.base, None)
-      if found is not None:
-        done[digest] = found
-    for digest, entry in wanted.items():
-      found = done.get(digest)
-      if found is not None and self._verified(found, entry, plan[digest], why):
-        words[digest] = found
-    return words
-
-  def _load(
-    self, pack: str, keys: Iterable[str], why: dict[str, str]
-  ) -> dict[str, np.ndarray]:
-    try:
-      if pack.startswith("blobs/"):
-        return blobs.unpack(self.files.read(pack), pack[6:], keys)
-      return payloads.load(self.files.path(pack), keys)
-    except (IntegrityError, OSError) as error:
-      why[pack] = str(error)
-      return {}
-
-  def _one(
-    self,
-    location: Location,
-    entry: Entry,
-    stored: Mapping[str, np.ndarray],
-    base: np.ndarray | None,
-    why: dict[str, str],
-  ) -> np.ndarray | None:
-    place = self.files.path(location.pack)
-    if not stored:
-      why[location.digest] = why.get(
-        location.pack, f"{place} lacks the array {location.key!r}"
-      )
-      return None
-    if location.base is not None and base is None:
-      why[location.digest] = "its base is damaged or missing: " + why.get(
-        location.base, location.base
-      )
-      return None
-    try:
-      encoding = encodings.ENCODINGS[location.encoding]
-      parts = encodings.parts_of(stored, location.key, encoding)
-      words = encoding.decode(entry, None, encodings.fetch_from(parts), base)
-    except (ValueError, LookupError) as error:
-      why[location.digest] = f"{place}, array {location.key!r}: {error}"
-      return None
-    if words.shape != encodings.words_shape(entry.dtype, entry.shape):
-      why[location.digest] = (
-        f"{place}, array {location.key!r}: expected the shape "
-        f"{entry.shape}, found words of shape {words.shape}"
-      )
-      return None
-    return words
-
-  def _recover(
-    self, entry: Entry, below: int, why: dict[str, str]
-  ) -> np.ndarray | None:
-    """Tries every place of a leaf, and of its bases, one by one."""
-    for place in self.index.find([entry.digest])[entry.digest]:
-      if place.depth >= below:
-        break  # chains only go down: damaged indices must not make a loop
-      words = self._from(place, entry, why)
-      if words is not None:
-        return words
-    return None
-
-  def _from(
-    self, place: Location, entry: Entry, why: dict[str, str]
-  ) -> np.ndarray | None:
-    """Reads a leaf from one place, its base from wherever it is intact."""
-    base = None
-    if place.base is not None:
-      below = Entry(place.base, entry.dtype, entry.shape)
-      base = self._recover(below, place.depth, why)
-    stored = self._load(place.pack, _keys(place), why)
-    words = self._one(place, entry, stored, base, why)
-    if words is not None and self._verified(words, entry, place, why):
-      return words
-    return None
-
-  def _verified(
-    self,
-    words: np.ndarray,
-    entry: Entry,
-    place: Location,
-    why: dict[str, str],
-  ) -> bool:
-    if words_digest(words, entry.dtype, entry.shape) == entry.digest:
-      return True
-    why[entry.digest] = (
-      f"{self.files.path(place.pack)}, array {place.key!r}: the bits have "
-      "another digest"
-    )
-    return False
 
   def _explain(self, bad: Mapping[str, Entry], why: Mapping[str, str]) -> str:
     lines = [f"{len(bad)} leaf/leaves cannot be read:"]
@@ -258,11 +135,230 @@ class LeafReader:
     return "\n".join(lines)
 
 
-def _keys(location: Location) -> list[str]:
-  """Returns the keys under which the arrays of a leaf may lie."""
-  encoding = encodings.ENCODINGS.get(location.encoding)
-  parts = ("",) if encoding is None else encoding.parts
-  return [encodings.key_of(location.key, part) for part in parts]
+class _Session:
+  """One call of the reader: what is open, and what went wrong.
+
+  Attributes:
+    why: why a leaf (by digest) cannot be read.
+    places: where each leaf, and each base, is read first.
+  """
+
+  def __init__(self, reader: LeafReader):
+    self.index = reader.index
+    self.files = reader.files
+    self.why: dict[str, str] = {}
+    self.places: dict[str, Location] = {}
+    self._packs = Packs(reader.files)
+
+  def plan(self, digests: Collection[str]) -> None:
+    """Finds leaves and all their bases, and opens what holds them."""
+    level = set(digests) - self.places.keys()
+    while level:
+      found = self.index.find(level)
+      self.places |= {d: places[0] for d, places in found.items() if places}
+      bases = {self.places[d].base for d in level if d in self.places}
+      level = {base for base in bases if base is not None} - self.places.keys()
+    self._packs.open(self.places.values())
+
+  def decode(
+    self, wanted: Mapping[str, Entry], *, recover: bool = True
+  ) -> dict[str, np.ndarray]:
+    """Returns the verified words of the whole leaves that can be read."""
+    self.plan(wanted.keys())
+    words: dict[str, np.ndarray] = {}
+    for part in each(
+      lambda family: self._decode_family(family, wanted), self._families(wanted)
+    ):
+      words |= part
+    if recover:
+      for digest in [d for d in wanted if d not in words]:
+        found = self._recover(wanted[digest], None, encodings.MAX_DEPTH + 1)
+        if found is not None:
+          words[digest] = found
+    return words
+
+  def _families(self, wanted: Iterable[str]) -> list[list[str]]:
+    """Groups leaves that share bases: each base is decoded once."""
+    ends: dict[str, list[str]] = collections.defaultdict(list)
+    for digest in wanted:
+      end, seen = digest, {digest}
+      while (place := self.places.get(end)) is not None:
+        if place.base is None or place.base in seen:
+          break
+        seen.add(end := place.base)
+      ends[end].append(digest)
+    return list(ends.values())
+
+  def _decode_family(
+    self, family: Sequence[str], wanted: Mapping[str, Entry]
+  ) -> dict[str, np.ndarray]:
+    chain: dict[str, Entry] = {}  # every leaf to decode
+    uses: collections.Counter[str] = collections.Counter()
+    for digest in family:
+      entry = wanted[digest]
+      while digest not in chain and (place := self.places.get(digest)):
+        # A base has the dtype and shape of what is a difference to it.
+        chain[digest] = Entry(digest, entry.dtype, entry.shape)
+        if place.base is None:
+          break
+        uses[place.base] += 1
+        digest = place.base
+    done: dict[str, np.ndarray] = {}
+    words: dict[str, np.ndarray] = {}
+    for digest in sorted(chain, key=lambda digest: self.places[digest].depth):
+      place = self.places[digest]
+      base = done.get(place.base) if place.base is not None else None
+      found = self._decode_one(place, chain[digest], None, base)
+      if place.base is not None:
+        uses[place.base] -= 1
+        if not uses[place.base]:
+          done.pop(place.base, None)
+      if found is None:
+        continue
+      if uses[digest]:
+        done[digest] = found
+      if digest in wanted and self._verified(found, wanted[digest], place):
+        words[digest] = found
+    return words
+
+  def region(self, entry: Entry, region: tiles.Region) -> np.ndarray | None:
+    """Returns the verified words of a region; None if it cannot be read."""
+    if not tiles.size_of(region):
+      return empty(Entry(entry.digest, entry.dtype, tiles.shape_of(region)))
+    grid = tiles.grid(entry.shape, dtypes.itemsize(entry.dtype))
+    around = grid.widened(region)
+    whole = around == tiles.whole(entry.shape) or self._tiles(entry) is None
+    if whole:
+      around = tiles.whole(entry.shape)
+    place = self.places.get(entry.digest)
+    words = None
+    if place is not None:
+      words = self._through(place, entry, None if whole else around)
+    if words is None:
+      words = self._recover(
+        entry, None if whole else around, encodings.MAX_DEPTH + 1
+      )
+    if words is None or around == region:
+      return words
+    # A copy: a view would keep the tiles around it in memory.
+    return words[tiles.within(region, around)].copy()
+
+  def _through(
+    self, place: Location, entry: Entry, region: tiles.Region | None
+  ) -> np.ndarray | None:
+    """Decodes a region through the planned chain, and verifies the end."""
+    chain = [place]
+    while (digest := chain[-1].base) is not None:
+      below = self.places.get(digest)
+      if below is None or below.depth >= chain[-1].depth:
+        return None
+      chain.append(below)
+    words = None
+    for link in reversed(chain):
+      below = Entry(link.digest, entry.dtype, entry.shape)
+      words = self._decode_one(link, below, region, words)
+      if words is None:
+        return None
+    if words is not None and self._verified(words, entry, place, region):
+      return words
+    return None
+
+  def _recover(
+    self, entry: Entry, region: tiles.Region | None, below: int
+  ) -> np.ndarray | None:
+    """Tries every place of a leaf, and of its bases, one by one."""
+    for place in self.index.find([entry.digest])[entry.digest]:
+      if place.depth >= below:
+        break  # chains only go down: damaged indices must not make a loop
+      words = self.read_from(place, entry, region)
+      if words is not None:
+        return words
+    return None
+
+  def read_from(
+    self, place: Location, entry: Entry, region: tiles.Region | None
+  ) -> np.ndarray | None:
+    """Reads a leaf from one place, its base from wherever it is intact."""
+    base = None
+    if place.base is not None:
+      below = Entry(place.base, entry.dtype, entry.shape)
+      base = self._recover(below, region, place.depth)
+    words = self._decode_one(place, entry, region, base)
+    if words is not None and self._verified(words, entry, place, region):
+      return words
+    return None
+
+  def _decode_one(
+    self,
+    place: Location,
+    entry: Entry,
+    region: tiles.Region | None,
+    base: np.ndarray | None,
+  ) -> np.ndarray | None:
+    """Decodes one link of a chain; says in `why` why it cannot."""
+    where = f"{self.files.path(place.pack)}, array {place.key!r}"
+    if place.base is not None and base is None:
+      self.why[entry.digest] = "its base is damaged or missing: " + (
+        self.why.get(place.base, place.base)
+      )
+      return None
+    shape = entry.shape if region is None else tiles.shape_of(region)
+    expected = encodings.words_shape(entry.dtype, shape)
+    if region is not None:
+      region = (*region, *map(slice, [0] * 2, expected[len(shape) :]))
+    try:
+      encoding = encodings.ENCODINGS[place.encoding]
+      fetch = self._packs.fetch(place)
+      words = encoding.decode(entry, region, fetch, base)
+    except IntegrityError as error:
+      self.why[entry.digest] = str(error)
+      return None
+    except (ValueError, LookupError) as error:
+      self.why[entry.digest] = f"{where}: {error}"
+      return None
+    if words.shape != expected:
+      self.why[entry.digest] = (
+        f"{where}: expected the shape {entry.shape}, found words of shape "
+        f"{words.shape}"
+      )
+      return None
+    return words
+
+  def _tiles(self, entry: Entry) -> list[bytes] | None:
+    """Returns the digests of the tiles of a leaf, if some index knows them."""
+    for place in self.index.find([entry.digest])[entry.digest]:
+      if place.tiles is None:
+        continue
+      try:
+        octets = bytes.fromhex(place.tiles)
+      except ValueError:
+        continue
+      level = [octets[i : i + 32] for i in range(0, len(octets), 32)]
+      if root(level, entry.dtype, entry.shape) == entry.digest:
+        return level
+    return None
+
+  def _verified(
+    self,
+    words: np.ndarray,
+    entry: Entry,
+    place: Location,
+    region: tiles.Region | None = None,
+  ) -> bool:
+    if region is None:
+      fine = words_digest(words, entry.dtype, entry.shape) == entry.digest
+    else:
+      known = self._tiles(entry)
+      grid = tiles.grid(entry.shape, dtypes.itemsize(entry.dtype))
+      numbers = grid.inside(region)
+      found = tile_digests(words, entry.shape, region, numbers)
+      fine = known is not None and found == [known[n] for n in numbers]
+    if not fine:
+      self.why[entry.digest] = (
+        f"{self.files.path(place.pack)}, array {place.key!r}: the bits have "
+        "another digest"
+      )
+    return fine
 
 
 def empty(entry: Entry) -> np.ndarray:
