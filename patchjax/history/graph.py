@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from patchjax.history import reflog
 from patchjax.history.objects import Commit, Objects, is_id
-from patchjax.history.refs import HEADS, TAGS, Refs
+from patchjax.history.refs import HEADS, REMOTES, TAGS, Refs
 from patchjax.trees.errors import IntegrityError, RefNotFoundError
 
 _STEP = re.compile(r"([~^])(\d*)")
@@ -58,7 +58,8 @@ def _start(text: str, refs: Refs, objects: Objects) -> str:
   if match := _BEFORE.fullmatch(text):
     name = match["ref"].removeprefix("refs/").removeprefix("heads/")
     return reflog.before(refs, name or "main", int(match["number"]))
-  for space, short in ((HEADS, "heads/"), (TAGS, "tags/")):
+  for space in (HEADS, TAGS, REMOTES):
+    short = f"{space.removeprefix('refs/')}/"
     for prefix in ("", short, f"refs/{short}"):
       if text.startswith(prefix):
         found = refs.get(space, text[len(prefix) :])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -167,6 +168,57 @@ def key_of(name: str) -> str:
   return f"objects/{name[:2]}/{name[2:]}"
 
 
+def _parse(name: str, data: bytes, kind: str) -> dict[str, Any]:
+  try:
+    spelled = json.loads(data)
+    found = spelled["type"]
+  except (ValueError, TypeError, KeyError) as error:
+    raise IntegrityError(f"object {name} is no {kind}") from error
+  if found != kind:
+    raise IntegrityError(f"object {name}: expected a {kind}, found a {found}")
+  return spelled
+
+
+def parse_commit(name: str, data: bytes) -> Commit:
+  """Returns the commit that an object spells out.
+
+  Args:
+    name: its id.
+    data: its bytes.
+
+  Raises:
+    IntegrityError: if it is no commit.
+  """
+  spelled = _parse(name, data, "commit")
+  # Fields that a newer version may add do not concern this one.
+  known = {k: v for k, v in spelled.items() if k in _COMMIT_FIELDS}
+  try:
+    known["parents"] = tuple(known["parents"])
+    return Commit(id=name, **known)
+  except (KeyError, TypeError) as error:
+    raise IntegrityError(f"commit {name} lacks a field: {error}") from error
+
+
+def parse_folder(name: str, data: bytes) -> dict[str, Entry | str]:
+  """Returns what a tree object holds itself; see `Objects.folder`.
+
+  Args:
+    name: its id.
+    data: its bytes.
+
+  Raises:
+    IntegrityError: if it is no tree.
+  """
+  from patchjax.trees.digest import Entry
+
+  return {
+    part: item["tree"]
+    if "tree" in item
+    else Entry(item["digest"], item["dtype"], tuple(item["shape"]))
+    for part, item in _parse(name, data, "tree")["entries"].items()
+  }
+
+
 class Objects:
   """The objects of a repository. Every read is verified.
 
@@ -260,17 +312,6 @@ class Objects:
       )
     return data
 
-  def _read_json(self, name: str, kind: str) -> dict[str, Any]:
-    data = self.read(name)
-    try:
-      spelled = json.loads(data)
-      found = spelled["type"]
-    except (ValueError, TypeError, KeyError) as error:
-      raise IntegrityError(f"object {name} is no {kind}") from error
-    if found != kind:
-      raise IntegrityError(f"object {name}: expected a {kind}, found a {found}")
-    return spelled
-
   def commit(self, name: str) -> Commit:
     """Returns a commit.
 
@@ -281,23 +322,23 @@ class Objects:
       IntegrityError: if it is missing, damaged, or no commit.
     """
     if name not in self._commits:
-      spelled = self._read_json(name, "commit")
-      # Fields that a newer version may add do not concern this one.
-      known = {k: v for k, v in spelled.items() if k in _COMMIT_FIELDS}
-      try:
-        known["parents"] = tuple(known["parents"])
-        self._commits[name] = Commit(id=name, **known)
-      except (KeyError, TypeError) as error:
-        raise IntegrityError(f"commit {name} lacks a field: {error}") from error
+      self._commits[name] = parse_commit(name, self.read(name))
     return self._commits[name]
 
   def parents(self, name: str) -> tuple[str, ...]:
     """Returns the ids of the parents with which a history goes on.
 
     Args:
-      name: id of a commit.
+      name: id of a commit; where a shallow history was cut it has none.
     """
-    return self.commit(name).parents
+    return () if name in self.shallow else self.commit(name).parents
+
+  @functools.cached_property
+  def shallow(self) -> frozenset[str]:
+    """The commits whose parents were not copied; see `shallow`."""
+    from patchjax.history import shallow
+
+    return shallow.read(self.files)
 
   def note(self, name: str) -> dict[str, Any]:
     """Returns a note; see `notes`.
@@ -305,7 +346,7 @@ class Objects:
     Args:
       name: its id.
     """
-    return self._read_json(name, "note")
+    return _parse(name, self.read(name), "note")
 
   def folder(self, name: str) -> dict[str, Entry | str]:
     """Returns what a tree object holds itself.
@@ -319,17 +360,10 @@ class Objects:
     Raises:
       IntegrityError: if it is missing or damaged.
     """
-    from patchjax.trees.digest import Entry
-
     if name in self._folders:
       self._folders.move_to_end(name)
       return self._folders[name]
-    folder: dict[str, Entry | str] = {
-      part: item["tree"]
-      if "tree" in item
-      else Entry(item["digest"], item["dtype"], tuple(item["shape"]))
-      for part, item in self._read_json(name, "tree")["entries"].items()
-    }
+    folder = parse_folder(name, self.read(name))
     self._folders[name] = folder
     if len(self._folders) > _FOLDERS:
       self._folders.popitem(last=False)
@@ -362,6 +396,7 @@ class Objects:
     """Drops what was read before: some of it may have been removed."""
     self._commits.clear()
     self._folders.clear()
+    self.__dict__.pop("shallow", None)
 
   def with_prefix(self, prefix: str) -> list[str]:
     """Returns the ids of the objects that start with a prefix.

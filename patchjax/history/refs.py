@@ -1,7 +1,9 @@
 """Refs: the only mutable truth of a repository, one commit id each.
 
-`refs/heads/<branch>`, `refs/tags/<tag>`, and `refs/notes/<commit>` with the
-latest note of a commit. A ref moves by compare-and-swap only.
+`refs/heads/<branch>`, `refs/tags/<tag>`, `refs/notes/<commit>` with the latest
+note of a commit, and `refs/remotes/<remote>/<branch>`: where a branch of
+another repository was when it was last looked at. A ref moves by
+compare-and-swap only.
 """
 
 from __future__ import annotations
@@ -20,8 +22,14 @@ from patchjax.trees.errors import (
 HEADS = "refs/heads"
 TAGS = "refs/tags"
 NOTES = "refs/notes"
+REMOTES = "refs/remotes"
 
-_NOUN = {HEADS: "branch", TAGS: "tag", NOTES: "note of commit"}
+_NOUN = {
+  HEADS: "branch",
+  TAGS: "tag",
+  NOTES: "note of commit",
+  REMOTES: "remote branch",
+}
 _BAD_NAME = re.compile(
   r"^$|^[-/.]|[/.]$|//|\.\.|/\.|@\{|^@$|[\x00-\x20\x7f~^:?*\[\\]|\.lock$"
   r"|\.__lock(/|$)|\.orbax-checkpoint-tmp|[\ud800-\udfff]"
