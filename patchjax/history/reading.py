@@ -304,8 +304,6 @@ class _Session:
       return None
     shape = entry.shape if region is None else tiles.shape_of(region)
     expected = encodings.words_shape(entry.dtype, shape)
-    if region is not None:
-      region = (*region, *map(slice, [0] * 2, expected[len(shape) :]))
     try:
       encoding = encodings.ENCODINGS[place.encoding]
       fetch = self._packs.fetch(place)

@@ -304,7 +304,7 @@ class Repo:
     entries = restoring.pick(
       self.objects.tree(commit.tree), like, only, f"version {ref!r}"
     )
-    return restoring.build(self.reader.read(entries), entries, like)
+    return restoring.restore(self.reader, entries, like)
 
   def diff(self, a: str, b: str = "main") -> TreeDiff:
     """Returns what changed between two versions, leaf by leaf.

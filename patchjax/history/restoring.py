@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from patchjax.history import known, state
-from patchjax.trees import dtypes
+from patchjax.history.reading import LeafReader, empty
+from patchjax.trees import dtypes, tiles
 from patchjax.trees.check import check_named
 from patchjax.trees.digest import Entry
 from patchjax.trees.names import flatten, nested
 from patchjax.trees.selectors import select_named
+
+_GROUP = 256 << 20  # bytes of leaves that are read at a time
+_TOGETHER = 8 << 20  # bytes of a leaf up to which its shards are read together
 
 
 def pick(
@@ -42,36 +47,148 @@ def pick(
   return {name: entries[name] for name in select_named(entries, only)}
 
 
-def build(
-  words: Mapping[str, np.ndarray], entries: Mapping[str, Entry], like: Any
-) -> Any:
-  """Returns the tree of some leaves.
+def restore(reader: LeafReader, entries: Mapping[str, Entry], like: Any) -> Any:
+  """Reads leaves and returns their tree.
+
+  A leaf that `like` has on several devices is read by region: each device of
+  this process gets its shard, and nothing else is read. What is on the host
+  at a time, beside the leaves that stay there, is bounded.
 
   Args:
-    words: `{name: bits}` of the leaves that were read.
-    entries: their entries.
+    reader: reads them.
+    entries: the leaves to read.
     like: see `Repo.checkout`.
-  """
-  used: set[int] = set()
 
-  def place(name: str, leaf: Any) -> Any:
-    bits = words[name]
+  Raises:
+    IntegrityError: if stored bits are missing or damaged; lists every leaf of
+      the first group that is.
+  """
+  named, treedef = flatten(like) if like is not None else ({}, None)
+  placed: dict[str, Any] = {}
+  for group in _groups(entries):
+    shards = {
+      name: shards
+      for name, entry in group.items()
+      if (shards := _shards(entry, named.get(name))) is not None
+    }
+    whole = {k: entry for k, entry in group.items() if k not in shards}
+    placed |= _read_whole(reader, whole, named)
+    placed |= _read_shards(reader, {k: group[k] for k in shards}, shards)
+  if treedef is None:
+    return nested({name: placed[name] for name in entries})
+  import jax
+
+  leaves = [placed.get(name, leaf) for name, leaf in named.items()]
+  return jax.tree.unflatten(treedef, leaves)
+
+
+def _groups(entries: Mapping[str, Entry]) -> Iterator[dict[str, Entry]]:
+  """Yields the leaves in groups of a bounded number of bytes."""
+  group: dict[str, Entry] = {}
+  size = 0
+  for name, entry in entries.items():
+    group[name] = entry
+    size += entry.size * dtypes.itemsize(entry.dtype)
+    if size >= _GROUP:
+      yield group
+      group, size = {}, 0
+  if group:
+    yield group
+
+
+def _read_whole(
+  reader: LeafReader, entries: Mapping[str, Entry], named: Mapping[str, Any]
+) -> dict[str, Any]:
+  words = reader.read(entries) if entries else {}
+  used: set[int] = set()
+  placed = {}
+  for name, entry in entries.items():
+    bits = words.pop(name)
     if id(bits) in used:
       # Equal leaves are read once, and must not share memory: numpy arrays
       # can be written to, and JAX may use their memory without a copy.
       bits = bits.copy()
     used.add(id(bits))
-    return _place(bits, entries[name], leaf)
+    placed[name] = _place(bits, entry, named.get(name))
+  return placed
 
-  if like is None:
-    return nested({name: place(name, None) for name in words})
+
+@dataclasses.dataclass(frozen=True)
+class _Shards:
+  """What the devices of this process hold of a leaf."""
+
+  sharding: Any
+  devices: Mapping[Any, tiles.Region]
+  regions: tuple[tiles.Region, ...]  # what is read
+
+  def read_of(self, region: tiles.Region) -> int:
+    """Returns which of the regions that are read holds a shard."""
+    return next(
+      i for i, held in enumerate(self.regions) if tiles.holds(held, region)
+    )
+
+
+def _shards(entry: Entry, like: Any) -> _Shards | None:
+  """Returns the shards of a leaf that is read by region, else None."""
+  sharding = getattr(like, "sharding", None)
+  if sharding is None or not getattr(like, "committed", True):
+    return None
+  if sharding.is_fully_replicated and sharding.is_fully_addressable:
+    return None
+  if dtypes.is_wide(like):
+    return None  # stays on the host: JAX would narrow it
+  devices = {
+    device: tiles.region_of(index, entry.shape)
+    for device, index in sharding.addressable_devices_indices_map(
+      entry.shape
+    ).items()
+  }
+  unique = {
+    tuple((s.start, s.stop) for s in region): region
+    for region in devices.values()
+  }
+  regions = tuple(unique.values())
+  if regions and entry.size * dtypes.itemsize(entry.dtype) <= _TOGETHER:
+    # One chunk, most likely: it would be decoded again for every shard.
+    regions = (tiles.around(regions),)
+  return _Shards(sharding, devices, regions)
+
+
+def _read_shards(
+  reader: LeafReader,
+  entries: Mapping[str, Entry],
+  shards: Mapping[str, _Shards],
+) -> dict[str, Any]:
   import jax
 
-  named, treedef = flatten(like)
-  leaves = [
-    place(name, leaf) if name in words else leaf for name, leaf in named.items()
+  wanted = [
+    (name, entry, region)
+    for name, entry in entries.items()
+    for region in shards[name].regions
   ]
-  return jax.tree.unflatten(treedef, leaves)
+  found = iter(reader.read_regions(wanted) if wanted else [])
+  placed = {}
+  for name, entry in entries.items():
+    plan = shards[name]
+    words = [next(found) for _ in plan.regions]
+    arrays = []
+    for device, region in plan.devices.items():
+      which = plan.read_of(region)
+      part = words[which][tiles.within(region, plan.regions[which])]
+      memory = plan.sharding.memory_kind
+      where = jax.sharding.SingleDeviceSharding(device, memory_kind=memory)
+      arrays.append(jax.device_put(stored(part, entry), where))
+    # The dtype of no array at all: a process may have none of the devices.
+    dtype = arrays[0].dtype if arrays else _dtype_of(entry)
+    placed[name] = jax.make_array_from_single_device_arrays(
+      entry.shape, plan.sharding, arrays, dtype=dtype
+    )
+    known.remember(placed[name], entry)
+  return placed
+
+
+def _dtype_of(entry: Entry) -> Any:
+  return stored(empty(Entry(entry.digest, entry.dtype, (0,))), entry).dtype
 
 
 def stored(words: np.ndarray, entry: Entry) -> Any:

@@ -259,6 +259,22 @@ def holds(outer: Region, region: Region) -> bool:
   )
 
 
+def around(regions: Sequence[Region]) -> Region:
+  """Returns the smallest region that holds all of some regions.
+
+  Args:
+    regions: one or more regions of the same leaf.
+
+  Example:
+    >>> around([(slice(0, 2),), (slice(6, 8),)])
+    (slice(0, 8, None),)
+  """
+  return tuple(
+    slice(min(s.start for s in slices), max(s.stop for s in slices))
+    for slices in zip(*regions)
+  )
+
+
 def itemsize_of(words: np.ndarray, shape: Sequence[object]) -> int:
   """Returns the bytes of an element of a leaf.
 
