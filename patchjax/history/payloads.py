@@ -122,6 +122,25 @@ class Payload:
     nodes = {"cache_pool#nodes": {"total_bytes_limit": _NODES}}
     return ts.Context(nodes, getattr(self._files, "context", ts.Context()))
 
+  def keys(self) -> set[str]:
+    """Returns the names of the arrays.
+
+    Raises:
+      IntegrityError: if they cannot be listed.
+    """
+    import tensorstore as ts
+
+    spec = {"driver": "ocdbt", "base": self._spec}
+    try:
+      store = ts.KvStore.open(spec, context=self._context).result()
+      found = [key.decode() for key in store.list().result()]
+    except _STORAGE_ERRORS as error:
+      raise IntegrityError(
+        f"payload {self._path} cannot be read: {_brief(error)}"
+      ) from error
+    tail = "/zarr.json"
+    return {key.removesuffix(tail) for key in found if key.endswith(tail)}
+
   def open(self, keys: Iterable[str]) -> None:
     """Opens arrays side by side, before they are read one by one.
 
