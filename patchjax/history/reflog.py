@@ -19,7 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from patchjax.history import layout
 from patchjax.history.refs import HEADS, TAGS
-from patchjax.trees.errors import ConflictError, RefNotFoundError
+from patchjax.trees.errors import (
+  ConflictError,
+  IntegrityError,
+  RefNotFoundError,
+)
 
 if TYPE_CHECKING:
   from patchjax.history.refs import Refs
@@ -128,7 +132,7 @@ def moves(refs: Refs, space: str, name: str) -> Iterator[Move]:
   """
   stamps = refs.files.names(folder_of(space, name))
   unread = [stamp for stamp in stamps if _ENTRY.fullmatch(stamp)]
-  at = refs.get(space, name)
+  at = _now(refs, space, name)
   passed: list[tuple[str, Move]] = []  # read, and not on the chain so far
   last = ""
   while True:
@@ -150,6 +154,14 @@ def moves(refs: Refs, space: str, name: str) -> Iterator[Move]:
     at = move.old
   for _, move in passed:
     yield dataclasses.replace(move, done=False)
+
+
+def _now(refs: Refs, space: str, name: str) -> Any:
+  """What a ref holds; ... (anything) if it is damaged: the log says it."""
+  try:
+    return refs.get(space, name)
+  except IntegrityError:
+    return ...
 
 
 def _take(
@@ -233,7 +245,7 @@ def before(refs: Refs, name: str, number: int) -> str:
   """
   for space in (HEADS, TAGS):
     count = 0
-    at = refs.get(space, name)
+    at = _now(refs, space, name)
     for move in moves(refs, space, name):
       if not move.done:
         continue
@@ -249,7 +261,7 @@ def before(refs: Refs, name: str, number: int) -> str:
         raise RefNotFoundError(
           f"{name}@{{{number}}}: the log of {name!r} has {count} move(s)"
         )
-    if at is None:
+    if not isinstance(at, str):
       raise RefNotFoundError(
         f"{name}@{{{number}}}: {name!r} did not exist then; look at "
         f"`patchjax reflog {name}`"

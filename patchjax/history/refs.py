@@ -93,7 +93,8 @@ class Refs:
       raise IntegrityError(
         f"{_NOUN[space]} {name!r} is damaged: expected 64 hex digits and a "
         f"newline in {path}, found {data[:80]!r}; write the id of its last "
-        "commit into the file (fsck lists commits without a branch)"
+        "commit into the file (its reflog names it first; fsck lists commits "
+        "without a branch)"
       )
     return text[:-1]
 
