@@ -1,144 +1,102 @@
-"""What a repository costs: `python -m experiments.bench.history`.
+"""What a history costs: `python -m experiments.bench.history`.
 
-One float32 tree of 90 MB, committed, fine-tuned, sparsely changed and checked
-out, beside plain Orbax saves and loads of the same values. Bytes are what the
-folder grew by.
+Five versions of a model of 125 million parameters are stored and read, beside
+plain Orbax checkpoints, safetensors files, Git LFS and Icechunk; git-theta on
+its own workload; the growth with the number of commits; real fine-tunes. All
+ratios are taken within one run, round by round. About ten minutes on two idle
+cores; `--params 5M` takes one.
+
+Git LFS, git-theta and Icechunk are installed beside, in the cache folder; what
+cannot be had is said.
 """
 
 from __future__ import annotations
 
 import pathlib
 import tempfile
+import time
 from collections.abc import Callable
-from typing import Any
 
-import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from absl import app, flags, logging
-from orbax.checkpoint import v1 as ocp
 
-import patchjax as pj
-from experiments.bench import timing
-from experiments.bench.workload import tree
-from patchjax.trees import report
+from experiments.bench import (
+  history_growth,
+  history_machine,
+  history_real,
+  history_theta,
+  history_versions,
+)
+from experiments.bench.history_tables import Section, Target, targets_table
+from experiments.bench.history_versions import Settings
 
-ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each way is timed")
+_SECTIONS: dict[str, Callable[[Settings], Section]] = {
+  "machine": history_machine.run,
+  "float32": lambda settings: history_versions.run(settings, np.float32),
+  "bfloat16": lambda settings: history_versions.run(
+    settings, ml_dtypes.bfloat16
+  ),
+  "theta": history_theta.run,
+  "growth": history_growth.run,
+  "real": history_real.run,
+}
+
+_PARAMS = flags.DEFINE_string("params", "125M", "numbers of the model")
+_ONLY = flags.DEFINE_list(
+  "only", list(_SECTIONS), f"sections of {', '.join(_SECTIONS)}"
+)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "rounds that are counted")
+_INSTALL = flags.DEFINE_bool(
+  "install", True, "install the peers that are not here"
+)
+_MARKDOWN = flags.DEFINE_bool("markdown", False, "print tables for a README")
 
 
-def folder_bytes(path: pathlib.Path) -> int:
-  """Bytes of all files below a folder."""
-  return sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+def count(text: str) -> float:
+  """Returns a number that may end in k, M or G.
 
+  Args:
+    text: such as `125M`.
 
-def versions() -> dict[str, Any]:
-  """The values that are committed one after the other."""
-  rng = np.random.default_rng(0)
-  first = tree(0)
-
-  def relative(x: np.ndarray) -> np.ndarray:
-    noise = rng.standard_normal(x.shape, dtype=np.float32)
-    return x * (1 + np.float32(1e-3) * noise)
-
-  def sparse(x: np.ndarray) -> np.ndarray:
-    return np.where(rng.random(x.shape) < 0.005, relative(x), x)
-
-  tuned = jax.tree.map(relative, first)
-  one = tuned | {"embed": relative(tuned["embed"])}
-  return {
-    "first": first,
-    "all leaves, relative 1e-3": tuned,
-    "one leaf of half the bytes": one,
-    "0.5 % of the entries": jax.tree.map(sparse, one),
-  }
+  Example:
+    >>> count("5M")
+    5000000.0
+  """
+  units = {"k": 1e3, "M": 1e6, "G": 1e9}
+  return float(text.rstrip("kMG")) * units.get(text[-1], 1)
 
 
 def main(argv: list[str]) -> None:
+  """Runs the sections and prints what they found."""
   del argv
-  logging.set_verbosity(logging.WARNING)  # Orbax reports every save
-  values = {
-    name: jax.tree.map(jnp.array, value) for name, value in versions().items()
-  }
-  rounds = ROUNDS.value
-  with tempfile.TemporaryDirectory() as root:
-    repos: list[pj.Repo] = []
-    sizes: dict[str, list[int]] = {name: [] for name in values}
-    plain: list[pathlib.Path] = []
-
-    def commit(name: str) -> Callable[[], Any]:
-      def run() -> None:
-        if name == "first":
-          folder = pathlib.Path(root, f"repo{len(repos)}")
-          repos.append(pj.Repo.init(folder))
-        # Fresh objects: nothing is known of arrays that were never committed.
-        value = jax.tree.map(jnp.copy, values[name])
-        repos[-1].commit(value, message=name)
-        sizes[name].append(folder_bytes(pathlib.Path(repos[-1].files.root)))
-
-      return run
-
-    def save(name: str) -> Callable[[], Any]:
-      def run() -> None:
-        plain.append(pathlib.Path(root, f"plain{len(plain)}"))
-        value = jax.tree.map(jnp.copy, values[name])
-        ocp.save(plain[-1], value)
-
-      return run
-
-    jobs: dict[str, Callable[[], Any]] = {}
-    for name in values:
-      jobs[f"commit: {name}"] = commit(name)
-      jobs[f"save: {name}"] = save(name)
-    jobs["commit: nothing changed"] = lambda: repos[-1].commit(
-      values["0.5 % of the entries"], message="again"
+  unknown = set(_ONLY.value) - set(_SECTIONS)
+  if unknown:
+    raise app.UsageError(
+      f"--only: no section {', '.join(sorted(unknown))}; there are "
+      + ", ".join(_SECTIONS)
     )
-
-    def tiny() -> None:
-      repos[-1].branch(f"tiny{len(plain)}")
-      for step in range(50):
-        repos[-1].commit(
-          {"step": np.int32(step)}, message="tiny", branch=f"tiny{len(plain)}"
+  logging.set_verbosity(logging.ERROR)  # Orbax reports every save
+  targets: list[Target] = []
+  for name in _ONLY.value:
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="patchjax-bench-") as folder:
+      section = _SECTIONS[name](
+        Settings(
+          params=count(_PARAMS.value),
+          repeats=_REPEATS.value,
+          install=_INSTALL.value,
+          folder=pathlib.Path(folder),
         )
-
-    jobs["50 tiny commits"] = tiny
-    like = values["first"]
-    jobs["checkout: first"] = lambda: repos[-1].checkout("main~4", like=like)
-    jobs["checkout: last"] = lambda: repos[-1].checkout("main", like=like)
-    jobs["load"] = lambda: ocp.load(plain[-1], like)
-    jobs["fsck"] = lambda: repos[-1].fsck()
-    taken = timing.interleaved(jobs, rounds=rounds)
-    saved = folder_bytes(plain[-1])
-  rows = []
-  before = 0
-  for job, this in taken.items():
-    kind, _, name = job.partition(": ")
-    peer = {"commit": f"save: {name}", "checkout": "load"}.get(kind)
-    size = ""
-    if kind == "commit" and name in sizes:
-      size = f"{(sizes[name][-1] - before) / 1e6:.1f}"
-      before = sizes[name][-1]
-    elif kind == "save":
-      size = f"{saved / 1e6:.1f}"
-    ratio = ""
-    if peer in taken:
-      ratio = f"{1 / this.ratio(taken[peer]):.2f}x"
-    rows.append(
-      (
-        job,
-        timing.milliseconds(this.wall),
-        timing.milliseconds(this.cpu),
-        ratio,
-        size,
       )
-    )
-  size = sum(x.nbytes for x in jax.tree.leaves(like)) / 1e6
-  print(
-    report.table(
-      ["job", "wall ms", "cpu ms", "cpu, of plain Orbax", "MB"],
-      rows,
-      title=f"a tree of {size:.0f} MB in float32, medians of {rounds}",
-    )
-  )
+    targets += section.targets
+    for table in section.tables:
+      print(table.text(markdown=_MARKDOWN.value), end="\n\n")
+    for remark in section.remarks:
+      print(remark, end="\n\n")
+    print(f"({name}: {time.perf_counter() - start:.0f} s)\n", flush=True)
+  if targets:
+    print(targets_table(targets).text(markdown=_MARKDOWN.value))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,11 @@ and compared by the median of their ratios within a round.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import hashlib
+import os
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +26,7 @@ class Timing:
 
   Attributes:
     wall: seconds on the clock.
-    cpu: seconds of this process on all cores.
+    cpu: seconds of this process and of its children, on all cores.
   """
 
   wall: tuple[float, ...]
@@ -34,6 +38,40 @@ class Timing:
     return statistics.median(theirs / ours for ours, theirs in pairs)
 
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What one call took.
+
+  Attributes:
+    wall: seconds on the clock.
+    cpu: seconds of this process and of its children, on all cores.
+  """
+
+  wall: float
+  cpu: float
+
+
+def cost(function: Callable[[], Any]) -> Cost:
+  """Calls a function and returns what it took.
+
+  Args:
+    function: arrays it returns are waited for; child processes count once
+      they have ended.
+  """
+  start, used = time.perf_counter(), _cpu()
+  jax.block_until_ready(function())
+  return Cost(time.perf_counter() - start, _cpu() - used)
+
+
+def joined(costs: list[Cost]) -> Timing:
+  """Returns what a function took in every round.
+
+  Args:
+    costs: one a round.
+  """
+  return Timing(tuple(c.wall for c in costs), tuple(c.cpu for c in costs))
+
+
 def interleaved(
   functions: Mapping[str, Callable[[], Any]], *, rounds: int = 5
 ) -> dict[str, Timing]:
@@ -43,16 +81,13 @@ def interleaved(
     functions: by name; arrays they return are waited for.
     rounds: how often each is counted.
   """
-  wall: dict[str, list[float]] = {name: [] for name in functions}
-  cpu: dict[str, list[float]] = {name: [] for name in functions}
+  costs: dict[str, list[Cost]] = {name: [] for name in functions}
   for counted in range(rounds + 1):
     for name, function in functions.items():
-      start, used = time.perf_counter(), time.process_time()
-      jax.block_until_ready(function())
+      taken = cost(function)
       if counted:
-        wall[name].append(time.perf_counter() - start)
-        cpu[name].append(time.process_time() - used)
-  return {n: Timing(tuple(wall[n]), tuple(cpu[n])) for n in functions}
+        costs[name].append(taken)
+  return {name: joined(taken) for name, taken in costs.items()}
 
 
 def copy_bandwidth(size: int = 1 << 27) -> float:
@@ -62,6 +97,37 @@ def copy_bandwidth(size: int = 1 << 27) -> float:
   return 2 * size / statistics.median(timing.wall)
 
 
+def hash_bandwidth(size: int = 1 << 27) -> tuple[float, float]:
+  """Bytes a second that SHA-256 reads, on one core and on all.
+
+  Args:
+    size: bytes hashed at a time.
+  """
+  cores = os.cpu_count() or 1
+  data = np.ones(size, np.uint8).data
+  parts = [data[i * size // cores :][: size // cores] for i in range(cores)]
+
+  with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+    taken = interleaved(
+      {
+        "one": lambda: hashlib.sha256(data).digest(),
+        "all": lambda: list(pool.map(_digest, parts)),
+      },
+      rounds=3,
+    )
+  one, every = (statistics.median(taken[k].wall) for k in ("one", "all"))
+  return size / one, size / every
+
+
 def milliseconds(seconds: tuple[float, ...]) -> str:
   """The median, for a table."""
   return f"{1e3 * statistics.median(seconds):,.0f}"
+
+
+def _digest(data: memoryview) -> bytes:
+  return hashlib.sha256(data).digest()
+
+
+def _cpu() -> float:
+  children = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return time.process_time() + children.ru_utime + children.ru_stime
