@@ -52,8 +52,8 @@ def run(settings: Settings) -> Section:
   jobs: dict[str, Callable[[], Any]] = {
     "commit": commit,
     "checkout of the tip": lambda: repo.checkout(like=value),
-    "log of 20, opened anew": lambda: _log(settings),
-    "log of 20, as a command": lambda: _command(settings),
+    "log of 10, opened anew": lambda: _log(settings),
+    "log of 10, as a command": lambda: _command(settings),
   }
   found: dict[str, list[float]] = {job: [] for job in jobs}
   for length in lengths:
@@ -82,13 +82,13 @@ def run(settings: Settings) -> Section:
 
 
 def _log(settings: Settings) -> None:
-  pj.Repo(settings.folder / "repo").log(limit=20)
+  pj.Repo(settings.folder / "repo").log(limit=10)
 
 
 def _command(settings: Settings) -> None:
   place = str(settings.folder / "repo")
   subprocess.run(
-    [sys.executable, "-m", "patchjax.cli", "-C", place, "log", "-n", "20"],
+    [sys.executable, "-m", "patchjax.cli", "-C", place, "log", "-n", "10"],
     check=True,
     stdout=subprocess.DEVNULL,
   )
