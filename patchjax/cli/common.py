@@ -115,10 +115,10 @@ def read_value(text: str) -> Any:
   Args:
     text: a path (see `is_path`), or a ref.
   """
-  from patchjax.interop import load_params
+  from patchjax.interop import read
 
   with waiting(f"reading {text}"):
-    return load_params(text) if is_path(text) else open_repo().checkout(text)
+    return read(text) if is_path(text) else open_repo().checkout(text)
 
 
 def read_text(path: str) -> str:

@@ -1,12 +1,15 @@
-"""Verbs that read and write parameters: commit, checkout, apply."""
+"""Verbs that read and write parameters: commit, checkout, apply, import."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import click
 
 from patchjax.cli.common import (
   AS_JSON,
   AUTHOR,
+  counting,
   emit,
   is_patch,
   open_repo,
@@ -45,15 +48,15 @@ def commit(
 ) -> None:
   """Store FILE as a new version of a branch.
 
-  FILE is a .safetensors or .npz file, the directory of an Orbax checkpoint,
-  or a patch file, which is applied to the tip of the branch.
+  FILE is what `import` reads, or a patch file, which is applied to the tip
+  of the branch.
   """
-  from patchjax.interop import load_params
+  from patchjax.interop import read
 
   repo = open_repo()
   with waiting(f"committing {file}"):
     made = repo.commit(
-      file if is_patch(file) else load_params(file),
+      file if is_patch(file) else read(file),
       message=message,
       branch=branch,
       author=author,
@@ -79,12 +82,12 @@ def checkout(
   ref: str, only: tuple[str, ...], output: str, force: bool, as_json: bool
 ) -> None:
   """Write the parameters of version REF to a file."""
-  from patchjax.interop import save_params
+  from patchjax.interop import write
 
   repo = open_repo()
   with waiting(f"checking out {ref}"):
     params = repo.checkout(ref, only=list(only) or None)
-    save_params(output, params, overwrite=force)
+    write(output, params, overwrite=force)
   made = repo.resolve(ref)
   value = {"commit": made, "path": output}
   emit(as_json, value, f"wrote {output} ({ref}, {made[:12]})")
@@ -113,13 +116,108 @@ def apply(
 
   The result is to the bit what `commit` would store.
   """
-  from patchjax.interop import save_params
+  from patchjax.interop import write
 
   params = read_value(base)
   with waiting(f"applying {patch}"):
     result = patched(params, patch, any_base=any_base)
-    save_params(output, result, overwrite=force)
+    write(output, result, overwrite=force)
   emit(as_json, {"path": output}, f"wrote {output}")
 
 
-VERBS = (commit, checkout, apply)
+@click.command("import")
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.option("-m", "--message", help="What it is; default: import PATH.")
+@click.option(
+  "-b",
+  "--branch",
+  default="main",
+  help="The branch to commit to; a new one starts a history of its own.",
+)
+@AUTHOR
+@AS_JSON
+def import_(
+  paths: tuple[str, ...],
+  message: str | None,
+  branch: str,
+  author: str | None,
+  as_json: bool,
+) -> None:
+  """Commit what other libraries wrote: a version for each PATH, in order.
+
+  PATH is safetensors (one file, or the index of shards or its folder), .npz,
+  flax's msgpack, the directory of an Orbax checkpoint, or a directory of the
+  steps of a training run as Orbax keeps them. All steps of a run become
+  versions with their time; those that the branch has are passed over, so that
+  the command can be run again.
+  """
+  from patchjax.interop import import_
+
+  repo = open_repo()
+  made: list[str] = []
+  with counting() as progress:
+    for path in paths:
+      made += import_(
+        repo,
+        path,
+        message=message,
+        branch=branch,
+        author=author,
+        progress=progress,
+      )
+  commits = [repo.show(commit) for commit in made]
+  lines = [f"[{branch} {commit.id[:12]}] {commit.title}" for commit in commits]
+  emit(
+    as_json,
+    {"branch": branch, "commits": made},
+    "\n".join(lines) or f"{branch} has all of it already",
+  )
+
+
+@click.command()
+@click.argument("ref")
+@click.argument("path")
+@click.option(
+  "--format",
+  "kind",
+  type=click.Choice(["safetensors", "npz", "orbax"]),
+  help="The format, where the suffix of PATH does not say it.",
+)
+@click.option(
+  "--only",
+  multiple=True,
+  metavar="REGEX",
+  help="Only leaves whose whole name matches; may be repeated.",
+)
+@_FORCE
+@AS_JSON
+def export(
+  ref: str,
+  path: str,
+  kind: Any,
+  only: tuple[str, ...],
+  force: bool,
+  as_json: bool,
+) -> None:
+  """Write version REF for other libraries, leaf by leaf.
+
+  The suffix of PATH is the format: .safetensors (in shards with an index if
+  it is large), .npz, or none for a plain Orbax checkpoint.
+  """
+  from patchjax.interop import export
+
+  repo = open_repo()
+  with waiting(f"exporting {ref}"):
+    written = export(
+      repo,
+      ref,
+      path,
+      format=kind,
+      only=list(only) or None,
+      overwrite=force,
+    )
+  value = {"commit": repo.resolve(ref), "paths": [str(p) for p in written]}
+  emit(as_json, value, "\n".join(f"wrote {p}" for p in written))
+
+
+VERBS = (commit, checkout, apply, import_, export)

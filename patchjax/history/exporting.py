@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from patchjax.trees.errors import RepositoryError
 from patchjax.trees.names import nested, split
@@ -60,13 +61,15 @@ def export(repo: Repo, ref: str, path: str | os.PathLike[str]) -> None:
       if not entry.size
     },
   }
-  payloads.save(path, _spell(arrays), metadata=metadata)
+  if _collide(arrays):
+    payloads.save(path, arrays, metadata={**metadata, "flat": True})
+  else:
+    payloads.save(path, nested(arrays), metadata=metadata)
 
 
-def _spell(arrays: dict[str, Any]) -> dict[str, Any]:
-  """Returns nested dicts, unless Orbax would confuse two of the leaves."""
-  # Orbax joins the keys of a path by dots: `a.b` and `a -> b` would collide,
-  # in silence if they have one shape.
-  dotted = {".".join(split(name)) for name in arrays}
-  plain = len(dotted) == len(arrays) and all(all(split(n)) for n in arrays)
-  return nested(arrays) if plain else arrays
+def _collide(names: Collection[str]) -> bool:
+  """Whether Orbax would confuse two of the leaves in nested dicts."""
+  # It joins the keys of a path by dots: `a.b` and `a -> b` would collide, in
+  # silence if they have one shape.
+  dotted = {".".join(split(name)) for name in names}
+  return len(dotted) < len(names) or not all(all(split(n)) for n in names)

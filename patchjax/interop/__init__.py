@@ -4,14 +4,17 @@ Everything in patchjax takes any pytree; these are the few lines that make
 users of flax nnx and equinox feel at home, and the files they already have.
 """
 
-from patchjax.interop import comparison, equinox, files, nnx
-from patchjax.interop.files import load_params, save_params
+from patchjax.interop import comparison, equinox, nnx
+from patchjax.interop.exporting import export
+from patchjax.interop.files import read, write
+from patchjax.interop.importing import import_
 
 __all__ = [
   "comparison",
   "equinox",
-  "files",
-  "load_params",
+  "export",
+  "import_",
   "nnx",
-  "save_params",
+  "read",
+  "write",
 ]

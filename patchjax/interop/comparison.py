@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from patchjax.history import TreeDiff
+from patchjax.history import TreeDiff, state
 from patchjax.history.differences import compare
 from patchjax.trees.digest import Entry, words_digest
 from patchjax.trees.dtypes import host, is_array
@@ -22,7 +22,7 @@ class _Values:
 
   def entries(self, params: Any) -> dict[str, Entry]:
     entries = {}
-    for name, leaf in named_leaves(params).items():
+    for name, leaf in state.arrays(named_leaves(params)).items():
       if is_array(leaf):
         words, dtype = host(leaf)
         shape = tuple(np.shape(leaf))

@@ -64,13 +64,13 @@ def merge_files(
 
   Example:
     >>> import tempfile, numpy as np, patchjax as pj
-    >>> from patchjax.interop.files import load_params, save_params
+    >>> from patchjax.interop.files import read, write
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   paths = [f"{folder}/{i}.safetensors" for i in range(4)]
     ...   for path, x in zip(paths, (0, 1, 3)):
-    ...     save_params(path, {"w": np.float32([x])})
+    ...     write(path, {"w": np.float32([x])})
     ...   merge_files(paths[0], paths[1:3], pj.merging.linear(), paths[3])
-    ...   load_params(paths[3])["w"].tolist()
+    ...   read(paths[3])["w"].tolist()
     [2.0]
   """
   check_reducing(method, len(contributors))

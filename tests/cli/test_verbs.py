@@ -56,7 +56,7 @@ def prepared(tmp_path_factory):
   """A folder of files and a repository with two branches off `main`."""
   folder = tmp_path_factory.mktemp("cli")
   for name, value in {"base": BASE, "duck": DUCK, "fid": FID}.items():
-    interop.save_params(folder / f"{name}.safetensors", value)
+    interop.write(folder / f"{name}.safetensors", value)
   pj.diff(BASE, DUCK).save(folder / "fix.safetensors", base=BASE)
   repo = pj.Repo.init(folder / "repo")
   repo.commit(BASE, message="pretrained", author="Salban")
@@ -101,13 +101,13 @@ def test_init_commit_log_from_nothing(work):
 @pytest.mark.parametrize("name", ["duck.npz", "duck", "duck.safetensors"])
 def test_commit_and_checkout_all_kinds_of_files(work, name):
   if name != "duck.safetensors":
-    interop.save_params(name, DUCK)
+    interop.write(name, DUCK)
   made = run("-C", "repo", "commit", f"../{name}", "-m", "tuned")
   assert made.startswith("[main ") and made.endswith("] tuned\n")
   run(
     "-C", "repo", "checkout", "main", "-o", f"../out{pathlib.Path(name).suffix}"
   )
-  back = interop.load_params(f"out{pathlib.Path(name).suffix}")
+  back = interop.read(f"out{pathlib.Path(name).suffix}")
   assert trees.tree_id(back) == trees.tree_id(DUCK)
 
 
@@ -120,9 +120,9 @@ def test_commit_of_a_patch_file_applies_and_keeps_it(work):
   )
   # apply gives to the bit what commit stores.
   run("apply", "base.safetensors", "fix.safetensors", "-o", "applied.npz")
-  assert trees.tree_id(interop.load_params("applied.npz")) == made["tree"]
+  assert trees.tree_id(interop.read("applied.npz")) == made["tree"]
   run("-C", "repo", "apply", "v0", "../fix.safetensors", "-o", "../b.npz")
-  assert trees.tree_id(interop.load_params("b.npz")) == made["tree"]
+  assert trees.tree_id(interop.read("b.npz")) == made["tree"]
   assert "made by the patch file" in run("-C", "repo", "show")
 
 
@@ -132,7 +132,7 @@ def test_patch_files_may_have_any_name(work):
   run("-C", "repo", "apply", "main", "../fix", "-o", "../a.npz")
   run("-C", "repo", "commit", "../0001-fix.patch", "-m", "fix")
   assert pj.Repo("repo").show("main").patch is not None
-  assert trees.tree_id(interop.load_params("a.npz")) == trees.tree_id(
+  assert trees.tree_id(interop.read("a.npz")) == trees.tree_id(
     pj.Repo("repo").checkout("main")
   )
   for name in ("fix", "fix.safetensors"):
@@ -141,7 +141,7 @@ def test_patch_files_may_have_any_name(work):
 
 
 def test_what_may_be_a_version_or_a_file_is_refused(work):
-  interop.save_params("repo/duck", FID)
+  interop.write("repo/duck", FID)
   text = run("-C", "repo", "diff", "main", "duck", code=2)
   assert "'duck' is a version and also a file" in text
   found = run_json("-C", "repo", "diff", "heads/duck", "./duck")
@@ -160,7 +160,7 @@ def test_a_patch_goes_on_its_own_base(work):
   assert text.startswith("patchjax: wrong base: ")
   arguments = ("fid.safetensors", "fix.safetensors", "-o", "x.npz")
   run("apply", *arguments, "--any-base")
-  moved = interop.load_params("x.npz")["dense"]["kernel"]
+  moved = interop.read("x.npz")["dense"]["kernel"]
   np.testing.assert_array_equal(moved, DUCK["dense"]["kernel"])
 
 
@@ -193,13 +193,13 @@ def test_show_says_what_a_commit_is(work):
 def test_only_some_leaves(work):
   arguments = ("-C", "repo", "checkout", "fid", "-o", "../out.npz")
   run(*arguments, "--only", "dense/.*")
-  assert set(trees.named_leaves(interop.load_params("out.npz"))) == {
+  assert set(trees.named_leaves(interop.read("out.npz"))) == {
     "dense/kernel",
     "dense/bias",
   }
   assert "exists" in run(*arguments, code=2)
   run(*arguments, "--force")
-  assert len(trees.named_leaves(interop.load_params("out.npz"))) == 3
+  assert len(trees.named_leaves(interop.read("out.npz"))) == 3
   assert "did you mean" in run(
     *arguments, "-f", "--only", "dense/kernle", code=2
   )
@@ -299,7 +299,7 @@ def test_vet_stores_a_verdict_and_release_uses_it(work):
 
 
 def test_what_fails_is_refused_with_exit_code_1(work):
-  interop.save_params("bad.npz", params(bias=-1))
+  interop.write("bad.npz", params(bias=-1))
   run("-C", "repo", "branch", "bad")
   run("-C", "repo", "commit", "../bad.npz", "-m", "bad", "-b", "bad")
   run("-C", "repo", "release", "v0")

@@ -117,15 +117,15 @@ def test_patches_that_do_not_fit():
 
 
 def test_files(tmp_path):
-  from patchjax.interop.files import save_params
+  from patchjax.interop.files import write
 
   good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
   out = tmp_path / "out.safetensors"
-  save_params(good, base())
+  write(good, base())
   bad.write_bytes(good.read_bytes()[:-3])
   with pytest.raises(FormatError, match="truncated"):
     pj.merging.merge_files(good, [bad], MEAN, out)
-  save_params(bad, base() | {"a": np.float32([1, np.nan, 3])}, overwrite=True)
+  write(bad, base() | {"a": np.float32([1, np.nan, 3])}, overwrite=True)
   with pytest.raises(NonFiniteError, match="a: 1"):
     pj.merging.merge_files(good, [bad], MEAN, out)
   patch = tmp_path / "patch.safetensors"
@@ -139,15 +139,15 @@ def test_files(tmp_path):
 
 
 def test_files_keep_what_is_not_merged(tmp_path):
-  from patchjax.interop.files import load_params, save_params
+  from patchjax.interop.files import read, write
 
   paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
-  save_params(paths[0], base())
-  save_params(paths[1], jax.tree.map(lambda x: x + x.dtype.type(1), base()))
+  write(paths[0], base())
+  write(paths[1], jax.tree.map(lambda x: x + x.dtype.type(1), base()))
   with pytest.raises(MismatchError, match="n: int32"):
     pj.merging.merge_files(paths[0], [paths[1], paths[0]], MEAN, paths[2])
   pj.merging.merge_files(paths[0], [paths[1]], MEAN, paths[2], only="a")
-  merged = load_params(paths[2])
+  merged = read(paths[2])
   assert merged["a"].tolist() == [2, 3, 4]
   assert merged["b"].tolist() == [[1, 2]] and merged["n"] == 3
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.interop.files import load_params, save_params
+from patchjax.interop.files import read, write
 from tests.merging.models import model, models, put, same_bits
 
 METHODS = {
@@ -91,14 +91,14 @@ def test_laws_of_patches_alike():
 def test_streamed_from_files(name, dtype, tmp_path, expected):
   base, others = models(2, dtype)
   paths = [str(tmp_path / f"{i}.safetensors") for i in range(2)]
-  save_params(tmp_path / "base.safetensors", base)
-  save_params(paths[0], others[0])
+  write(tmp_path / "base.safetensors", base)
+  write(paths[0], others[0])
   pj.diff(base, others[1]).save(paths[1])
   out = tmp_path / "merged.safetensors"
   pj.merging.merge_files(
     tmp_path / "base.safetensors", paths, METHODS[name], out
   )
-  assert same_bits(load_params(out), expected(name, dtype))
+  assert same_bits(read(out), expected(name, dtype))
   assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
     ["0.safetensors", "1.safetensors", "base.safetensors", "merged.safetensors"]
   )
