@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def parents_of(
   repo: Repo,
-  branch: str,
+  branch: str | None,
   parents: Sequence[str] | None,
   *,
   retry: bool | int = False,
@@ -32,7 +32,7 @@ def parents_of(
 
   Args:
     repo: the repository.
-    branch: the branch that is to move.
+    branch: the branch that is to move; None if no ref is to name the commit.
     parents: refs; by default the tip of the branch.
     retry: whether the branch may have moved on from the first of them.
 
@@ -40,6 +40,8 @@ def parents_of(
     ConflictError: if the branch is not at the first of them.
     RefNotFoundError: if there is no such branch, but others.
   """
+  if branch is None:
+    return tuple(repo.resolve(parent) for parent in parents or ()), None
   tip = repo.refs.get(HEADS, branch)
   if parents is not None:
     ids = tuple(repo.resolve(parent) for parent in parents)
@@ -67,7 +69,7 @@ def record(
   named: Mapping[str, Any],
   old: Mapping[str, Entry],
   *,
-  branch: str,
+  branch: str | None,
   expected: str | None,
   parents: tuple[str, ...],
   message: str,
@@ -84,7 +86,8 @@ def record(
     repo: the repository.
     named: `{text name: leaf}`; an `Entry` stands for a leaf that is stored.
     old: the entries of the first parent.
-    branch: the branch to move.
+    branch: the branch to move; None leaves it to the caller to name the
+      commit by a ref.
     expected: the commit it must be at; None if it must not exist.
     parents: ids of the parents.
     message: what was done.
@@ -102,7 +105,8 @@ def record(
     ConflictError: if somebody else moved the branch in the meantime.
     RepositoryError: if the message is empty.
   """
-  check_name(branch)
+  if branch is not None:
+    check_name(branch)
   check_message(message)
   for parent in parents:
     repo.objects.freshen(parent)
@@ -130,7 +134,7 @@ def land(
   entries: Mapping[str, Entry],
   old: Mapping[str, Entry],
   *,
-  branch: str,
+  branch: str | None,
   expected: str | None,
   parents: tuple[str, ...],
   message: str,
@@ -185,6 +189,9 @@ def land(
       order=_order(repo, parents, when),
     )
     commit = id_of(data)
+    if branch is None:
+      repo.objects.write_all({**objects, commit: data})
+      return commit
     try:
       reflog.move(
         repo,
