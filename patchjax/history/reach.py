@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from patchjax.history import graph
 from patchjax.history.objects import (
   Commit,
   id_of,
+  is_id,
   key_of,
   parse_commit,
   parse_folder,
@@ -89,24 +89,27 @@ class Walk:
     self,
     tips: Iterable[str],
     *,
-    known: Collection[str],
+    known: Callable[[str], bool],
     depth: int | None = None,
-    afresh: bool = False,
+    through: bool = False,
+    partial: bool = False,
   ) -> Reached:
     """Returns what commits reach beyond what is known.
 
     Args:
       tips: ids of commits of the source.
-      known: ids of commits that the target has, with all that they need, and
-        that can be read from the nearer side.
+      known: says of the id of a commit whether the target has it, with all
+        that it needs; such a commit must be readable on the nearer side.
       depth: how many commits deep to go; None for all.
-      afresh: whether to walk through what is known, for what is lacking.
+      through: whether to walk on through what is known, for what is lacking.
+      partial: whether the target may lack leaves of what it knows.
     """
     found = Reached()
-    edge = self._commits(found, tips, known, depth, afresh)
+    edge = self._commits(found, tips, known, depth, through)
     trees = {commit.tree for commit in found.commits.values()}
     if self._matches is None:
-      self._trees(found, trees, set() if afresh else self._subtrees(edge))
+      known_trees = set() if through or partial else self._subtrees(edge)
+      self._trees(found, trees, known_trees)
     else:
       self._named(found, trees)
     return found
@@ -115,9 +118,9 @@ class Walk:
     self,
     found: Reached,
     tips: Iterable[str],
-    known: Collection[str],
+    known: Callable[[str], bool],
     depth: int | None,
-    afresh: bool,
+    through: bool,
   ) -> set[str]:
     """Walks commits; returns the known ones it stopped at."""
     stopped: set[str] = set()
@@ -127,7 +130,7 @@ class Walk:
       for name in level:
         if name in found.commits or name in stopped:
           continue
-        if not afresh and self._is_known(name, known):
+        if not through and known(name):
           stopped.add(name)
         else:
           new[name] = None
@@ -149,27 +152,17 @@ class Walk:
     self,
     found: Reached,
     stopped: set[str],
-    known: Collection[str],
+    known: Callable[[str], bool],
   ) -> None:
     """Notes the commits whose parents do not come along."""
     for name, commit in found.commits.items():
       for parent in commit.parents:
         if parent in found.commits or parent in stopped:
           continue
-        if self._is_known(parent, known):
+        if known(parent):
           stopped.add(parent)
         else:
           found.cut.add(name)
-
-  def _is_known(self, name: str, known: Collection[str]) -> bool:
-    if not known:
-      return False
-    if name in known:
-      return True
-    objects = self._near.objects
-    if not self._near.files.exists(key_of(name)):
-      return False
-    return any(graph.is_ancestor(name, tip, objects) for tip in known)
 
   def _subtrees(self, commits: Iterable[str]) -> set[str]:
     """Returns the ids of all trees of commits that are known."""
@@ -248,13 +241,30 @@ class Walk:
       self._progress("objects", start + len(batch), 0)
 
 
+def heads(repo: Repo, space: str) -> dict[str, str]:
+  """Returns `{name: id}` of a space of refs, asked for in one go.
+
+  Args:
+    repo: a repository, near or far.
+    space: `HEADS`, `TAGS`, or `REMOTES`.
+
+  Raises:
+    IntegrityError: if a ref is damaged.
+  """
+  data = repo.files.read_all(repo.files.walk(space))
+  found = {}
+  for key, value in data.items():
+    name, id_ = key[len(space) + 1 :], value.decode("ascii", "replace").strip()
+    # What is no id is damaged: reading it alone says how to mend it.
+    found[name] = id_ if is_id(id_) else repo.refs.must(space, name)
+  return found
+
+
 def roots(repo: Repo) -> set[str]:
   """Returns the commits that the refs of a repository hold.
 
   Args:
     repo: the repository.
   """
-  found: set[str] = set()
-  for space in (HEADS, TAGS, REMOTES):
-    found.update(repo.refs.all(space).values())
-  return found
+  spaces = (HEADS, TAGS, REMOTES)
+  return {at for space in spaces for at in heads(repo, space).values()}

@@ -26,13 +26,18 @@ from patchjax.history import (
   blaming,
   branching,
   collecting,
+  config,
   exporting,
+  fetching,
   graph,
   layout,
+  lazy,
   listing,
   merges,
   notes,
   proposals,
+  pushing,
+  recipes,
   reflog,
 )
 from patchjax.history.files import open_files
@@ -61,7 +66,7 @@ class Repo:
   n-th parent).
 
   Attributes:
-    path: absolute path of its folder.
+    path: absolute path of its folder, or its URL.
     files: the files in it.
     objects: its commits, trees and notes.
     refs: its branches and tags.
@@ -78,17 +83,20 @@ class Repo:
     [1.0, 2.0]
   """
 
-  def __init__(self, path: str | os.PathLike[str]):
+  def __init__(self, path: str | os.PathLike[str], *, remote: bool = False):
     """Opens a repository; `Repo.init` creates one.
 
     Args:
-      path: its folder.
+      path: its folder, or `gs://bucket/path`.
+      remote: opens it to be read, and copied to and from; it may lie on
+        `s3://bucket/path` then, where nobody can commit.
 
     Raises:
       NotARepositoryError: if it is none.
       FormatError: if it was written by a newer version.
+      RepositoryError: if no repository can be worked in there.
     """
-    self.path = layout.place(path)
+    self.path = layout.place(path, remote=remote)
     self.files = open_files(self.path)
     layout.check(self.files)
     self.objects = Objects(self.files)
@@ -99,7 +107,7 @@ class Repo:
     """Creates a repository, or opens the one that is there.
 
     Args:
-      path: an empty or new folder, or a repository.
+      path: an empty or new folder, or a repository; or `gs://bucket/path`.
 
     Raises:
       RepositoryError: if the folder holds something else.
@@ -155,7 +163,7 @@ class Repo:
     value: Any,
     *,
     message: str,
-    branch: str = "main",
+    branch: str | None = "main",
     author: str | None = None,
     time: datetime.datetime | float | None = None,
     parents: Sequence[str] | None = None,
@@ -176,7 +184,8 @@ class Repo:
         evaluation of `patchjax.patches.pinned`, and kept byte for byte beside
         its result.
       message: what was done.
-      branch: the branch to move.
+      branch: the branch to move. None makes a commit on `parents` that no
+        ref names yet: name it with `tag`, or the next `gc` may take it.
       author: by whom; by default $PATCHJAX_AUTHOR, or user@host.
       time: when; by default now.
       parents: refs it was made from; by default the tip of the branch. The
@@ -370,7 +379,16 @@ class Repo:
   blame = blaming.blame
   merge_base = merges.merge_base
   merge = merges.merge
+  replay = recipes.replay
+  open = lazy.open_lazily
   patch_of = proposals.patch_of
   fsck = check
   gc = collecting.gc
   export = exporting.export
+  clone = staticmethod(fetching.clone)
+  fetch = fetching.fetch
+  pull = fetching.pull
+  push = pushing.push
+  remotes = config.remotes
+  add_remote = config.add_remote
+  remove_remote = config.remove_remote
