@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,6 +33,8 @@ create table if not exists locations (
   primary key (digest, pack)
 ) without rowid;
 """
+_COLUMNS = "digest", "pack", "key", "encoding", "base", "depth", "tiles"
+_AT_ONCE = 500  # no SQLite takes fewer arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,9 @@ class Location:
   base: str | None
   depth: int
   tiles: str | None = None
+
+
+_row = operator.attrgetter(*_COLUMNS)
 
 
 def spell(locations: Iterable[Location]) -> dict[str, Any]:
@@ -198,18 +204,20 @@ class Index:
     Returns:
       `{digest: locations}`; an empty list for what is not stored.
     """
+    found: dict[str, list[Location]] = {digest: [] for digest in digests}
+    wanted = list(found)
     with self._database() as database:
-      return {
-        digest: [
-          Location(*row)
-          for row in database.execute(
-            "select digest, pack, key, encoding, base, depth, tiles from"
-            " locations where digest = ? order by depth, pack",
-            (digest,),
-          )
-        ]
-        for digest in digests
-      }
+      # A statement a leaf was a fifth of the cost of a small commit.
+      for start in range(0, len(wanted), _AT_ONCE):
+        some = wanted[start : start + _AT_ONCE]
+        marks = ",".join("?" * len(some))
+        for row in database.execute(
+          f"select {', '.join(_COLUMNS)} from locations where digest in"
+          f" ({marks}) order by depth, pack",
+          some,
+        ):
+          found[row[0]].append(Location(*row))
+    return found
 
   def forget(self) -> None:
     """Deletes the cache: the next search reads every index again."""
@@ -285,7 +293,7 @@ class Index:
       database.executemany("delete from packs where pack = ?", gone)
       database.executemany(
         "insert or replace into locations values (?, ?, ?, ?, ?, ?, ?)",
-        [dataclasses.astuple(loc) for loc in found],
+        [_row(loc) for loc in found],
       )
       database.executemany(
         "insert or replace into packs values (?)", [(pack,) for pack in new]

@@ -9,6 +9,7 @@ on a last axis, numbers of less than a byte take a byte each.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -121,13 +122,20 @@ def dtype_name(x: Any) -> str:
     )
   if not hasattr(x, "dtype"):
     x = np.asarray(x)
-  name = np.dtype(x.dtype).name
+  name = _name_of(x.dtype)
   if name not in KINDS:
     raise DtypeError(
       f"expected an array of a dtype that JAX holds, found {name} "
       f"({type(x).__name__}); convert the leaf, or leave it out of the tree"
     )
   return name
+
+
+@functools.cache
+def _name_of(dtype: Any) -> str:
+  # numpy works out a name anew each time, for longer than all that is asked
+  # of a small leaf beside.
+  return np.dtype(dtype).name
 
 
 def to_words(x: np.ndarray) -> np.ndarray:
