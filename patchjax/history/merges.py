@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from patchjax.history import graph, reflog
 from patchjax.history.refs import HEADS
-from patchjax.trees.errors import RepositoryError
+from patchjax.trees.errors import ConflictError, RepositoryError
 
 if TYPE_CHECKING:
-  from patchjax.history.objects import Commit
   from patchjax.history.repo import Repo
+  from patchjax.history.values import Leaves, Values
+  from patchjax.trees.digest import Entry
 
-_VERSIONED = ("patchjax", "jax", "jaxlib", "numpy", "orbax-checkpoint")
+OneSided = Literal["take", "method"]
 
 
 def merge_base(repo: Repo, *refs: str) -> str:
@@ -27,6 +27,17 @@ def merge_base(repo: Repo, *refs: str) -> str:
 
   Raises:
     RepositoryError: if there is none, or more than one.
+
+  Example:
+    >>> import numpy as np
+    >>> from patchjax.history import Repo
+    >>> with Repo.temporary() as repo:
+    ...   first = repo.commit({"w": np.zeros(2)}, message="start")
+    ...   for name in ("a", "b"):
+    ...     commit = repo.branch(name)
+    ...     commit = repo.commit({"w": np.ones(2)}, message=name, branch=name)
+    ...   repo.merge_base("a", "b") == first
+    True
   """
   tips = [repo.resolve(ref) for ref in refs]
   found = graph.merge_bases(tips, repo.objects)
@@ -58,16 +69,28 @@ def merge(
   author: str | None = None,
   time: datetime.datetime | float | None = None,
   fast_forward: bool = True,
+  one_sided: OneSided = "take",
 ) -> str:
   """Merges versions into a branch and returns the commit id.
 
   What each version contributes is its difference to the merge base; one that
-  equals the base contributes nothing, and is not counted in means. The merge
-  commit stores its value; how it was computed (spec, numbers, base,
-  contributors, versions) is kept as its recipe.
+  equals the base contributes nothing, and is not counted in means.
 
-  As in git, refs that the branch contains already are skipped, and where only
-  one version is left to contribute, the branch moves on to it.
+  As in git, a change that collides with no other is taken as it is, to the
+  bit and with no questions: a leaf that one version changed, added or removed
+  (or several, to the same bits) comes from there, of whatever dtype. The
+  method sees only leaves that were changed in different ways; a threshold
+  over the whole tree (`ties`) is one over these leaves, and every
+  contributor counts in them, as in `patchjax.merge`. With
+  `one_sided="method"` every floating point leaf that was changed goes through
+  the method, as if the models had been merged without a history: scales,
+  trims and means then act on one-sided changes too.
+
+  As in git too, refs that the branch contains already are skipped, and where
+  only one version is left to contribute, the branch moves on to it. The merge
+  commit stores its value; how it was computed (spec, numbers and keys,
+  digests of statistics, base, contributors, versions) is kept as its recipe,
+  and `replay` computes it again.
 
   Args:
     repo: the repository.
@@ -79,46 +102,60 @@ def merge(
     message: by default says what was merged.
     author: by whom; by default as for `commit`.
     time: when; by default now.
-    fast_forward: False runs the method even for a single contributor.
+    fast_forward: False makes a merge commit where the branch could move on.
+    one_sided: "take", or "method": what becomes of leaves that were changed
+      in one way only.
 
   Returns:
     The id of the new tip.
 
   Raises:
     RepositoryError: if there is no merge base, or more than one.
-    ConflictError: if somebody else moved the branch in the meantime.
-    MismatchError: if the versions differ in structure.
+    ConflictError: if changes collide that cannot be merged (a leaf removed
+      here and changed there, other shapes, integers); lists every leaf. Or if
+      somebody else moved the branch in the meantime.
+
+  Example:
+    >>> import numpy as np, patchjax as pj
+    >>> from patchjax.history import Repo
+    >>> start = {"a": np.float32([0]), "b": np.float32([0])}
+    >>> with Repo.temporary() as repo:
+    ...   commit = repo.commit(start, message="start")
+    ...   for name, tuned in {"x": {"a": 2, "b": 4}, "y": {"a": 4}}.items():
+    ...     commit = repo.branch(name)
+    ...     leaves = {k: np.float32([v]) for k, v in tuned.items()}
+    ...     commit = repo.commit(start | leaves, message=name, branch=name)
+    ...   commit = repo.merge("main", ["x", "y"], method=pj.merging.linear())
+    ...   {name: leaf.tolist() for name, leaf in repo.checkout().items()}
+    {'a': [3.0], 'b': [4.0]}
   """
-  from patchjax.history import committing
+  from patchjax.history import committing, recipes
+  from patchjax.history.values import Values
 
   refs = [refs] if isinstance(refs, str) else refs
   objects = repo.objects
   tip = repo.refs.must(HEADS, target)
-  seen = graph.ancestors([tip], objects)
-  tips = [tip]
-  for ref in refs:
-    commit = repo.resolve(ref)
-    if commit not in seen and commit not in tips:
-      tips.append(commit)
+  tips = contributing(repo, tip, refs)
   if len(tips) == 1:
     return tip  # everything is contained already
-  base_id = merge_base(repo, *tips) if base is None else repo.resolve(base)
-  base_commit = objects.commit(base_id)
-  contributing = [
-    commit
-    for commit in map(objects.commit, tips)
-    if commit.tree != base_commit.tree
-  ]
-  if (
-    fast_forward and len(tips) == 2 and graph.is_ancestor(tip, tips[1], objects)
-  ):
+  if fast_forward and len(tips) == 2 and graph.is_ancestor(*tips, objects):
     why = f"merge {', '.join(refs)}: fast-forward"
     reflog.move(repo, HEADS, target, old=tip, new=tips[1], why=why, who=author)
     return tips[1]
-  named = _merged(repo, base_commit, contributing, method, fast_forward)
+  base_id = merge_base(repo, *tips) if base is None else repo.resolve(base)
+  start = objects.commit(base_id)
+  sides = [c for c in map(objects.commit, tips) if c.tree != start.tree]
+  values = Values(repo)
+  entries = merged(
+    values,
+    objects.tree(start.tree),
+    {commit.id: objects.tree(commit.tree) for commit in sides},
+    method,
+    one_sided,
+  )
   return committing.record(
     repo,
-    named,
+    values.named(entries),
     objects.tree(objects.commit(tip).tree),
     branch=target,
     expected=tip,
@@ -126,74 +163,120 @@ def merge(
     message=message or f"Merge {', '.join(refs)} into {target}",
     author=author,
     time=time,
-    recipe=_recipe(method, base_id, contributing),
+    recipe=recipes.of_merge(
+      method, base_id, [commit.id for commit in sides], one_sided
+    ),
     verb="merge",
   )
 
 
-def _merged(
-  repo: Repo,
-  base: Commit,
-  contributing: Sequence[Commit],
+def contributing(repo: Repo, tip: str, refs: Sequence[str]) -> list[str]:
+  """Returns the parents of a merge: the tip, and what it lacks.
+
+  Args:
+    repo: the repository.
+    tip: id of the commit that is merged into.
+    refs: what is merged.
+  """
+  tips = [tip]
+  for ref in refs:
+    commit = repo.resolve(ref)
+    if commit not in tips and not graph.is_ancestor(commit, tip, repo.objects):
+      tips.append(commit)
+  return tips
+
+
+def merged(
+  values: Values,
+  base: Mapping[str, Entry],
+  sides: Mapping[str, Mapping[str, Entry]],
   method: Any,
-  fast_forward: bool,
-) -> dict[str, Any]:
-  """Returns the leaves of the merged value."""
-  from patchjax.trees.check import check_named
-  from patchjax.trees.names import named_leaves
+  one_sided: OneSided = "take",
+) -> Leaves:
+  """Returns the leaves of a merged value; new ones are put into `values`.
 
-  if not contributing or (fast_forward and len(contributing) == 1):
-    # One side changed: it is taken as it is, to the bit.
-    return dict(repo.objects.tree((*contributing, base)[0].tree))
+  Args:
+    values: reads and keeps leaves.
+    base: leaves of the base.
+    sides: `{commit id: leaves}` of the contributors.
+    method: a merge method.
+    one_sided: see `merge`.
+
+  Raises:
+    ConflictError: lists the leaves whose changes collide.
+  """
+  result: Leaves = {}
+  colliding, bad = [], []
+  for name in dict.fromkeys(
+    [*base, *(n for side in sides.values() for n in side)]
+  ):
+    old = base.get(name)
+    found = [side.get(name) for side in sides.values()]
+    new = set(found) - {old}
+    why = _unmergeable(old, found)
+    if new and (not why and (len(new) > 1 or one_sided == "method")):
+      colliding.append(name)
+    elif len(new) > 1:
+      bad.append(f"  {name}: {why}; {_spell(old, sides, name)}")
+    else:
+      taken = next(iter(new), old)
+      if taken is not None:
+        result[name] = taken
+  if bad:
+    raise ConflictError(
+      f"{len(bad)} leaf/leaves were changed in ways that cannot be merged:\n"
+      + "\n".join(bad)
+      + "\nto mend it: make them equal in a commit to one of the branches"
+    )
+  if colliding:
+    result |= _run(values, base, sides, colliding, method)
+  return result
+
+
+def _unmergeable(
+  old: Entry | None, found: Sequence[Entry | None]
+) -> str | None:
+  """Why a leaf has no task vectors; None if it has."""
+  from patchjax.trees.dtypes import KINDS
+
+  if old is None:
+    return "added in different ways"
+  if None in found:
+    return "removed here and changed there"
+  if any((e.dtype, e.shape) != (old.dtype, old.shape) for e in found if e):
+    return "of another dtype or shape"
+  kind = KINDS.get(old.dtype)
+  if kind is None or not kind.floating or kind.words != 1:
+    return f"{old.dtype} has no mean"
+  return None
+
+
+def _spell(
+  old: Entry | None, sides: Mapping[str, Mapping[str, Entry]], name: str
+) -> str:
+  parts = []
+  for commit, side in sides.items():
+    found = side.get(name)
+    if found == old:
+      continue
+    what = "removed" if found is None else f"{found.dtype}{list(found.shape)}"
+    parts.append(f"{commit[:12]}: {what}")
+  return ", ".join(parts)
+
+
+def _run(
+  values: Values,
+  base: Mapping[str, Entry],
+  sides: Mapping[str, Mapping[str, Entry]],
+  names: Sequence[str],
+  method: Any,
+) -> Leaves:
+  """Runs the method on the leaves that several versions changed."""
   from patchjax import merging
+  from patchjax.trees.names import named_leaves, nested
 
-  expected = repo.objects.tree(base.tree)
-  for commit in contributing:
-    found = repo.objects.tree(commit.tree)
-    check_named(expected, found, what=f"commit {commit.id[:12]}")
-  value = merging.merge(
-    repo.checkout(base.id),
-    [repo.checkout(commit.id) for commit in contributing],
-    method,
-  )
-  return named_leaves(value)
+  def tree(side: Mapping[str, Entry]) -> Any:
+    return nested(values.arrays({name: side[name] for name in names}))
 
-
-def _recipe(
-  method: Any, base: str, contributing: Sequence[Commit]
-) -> dict[str, Any]:
-  """Returns the account of a merge; enough to compute it again."""
-  import jax
-
-  return {
-    "kind": "merge",
-    "spec": _plain(method.spec),
-    "numbers": _plain(method.numbers),
-    "base": base,
-    "contributors": [commit.id for commit in contributing],
-    "backend": jax.default_backend(),
-    "versions": {
-      name: importlib.metadata.version(name)
-      for name in _VERSIONED
-      if _installed(name)
-    },
-  }
-
-
-def _installed(name: str) -> bool:
-  try:
-    importlib.metadata.version(name)
-  except importlib.metadata.PackageNotFoundError:
-    return False  # run from a source tree
-  return True
-
-
-def _plain(value: Any) -> Any:
-  """Returns a spec or numbers as JSON: arrays as nested lists."""
-  if isinstance(value, Mapping):
-    return {str(key): _plain(item) for key, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [_plain(item) for item in value]
-  if hasattr(value, "tolist"):
-    return value.tolist()
-  return value
+  result = merging.merge(tree(base), [tree(s) for s in sides.values()], method)
+  return {name: values.put(x) for name, x in named_leaves(result).items()}

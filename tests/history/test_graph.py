@@ -98,7 +98,9 @@ def test_merging_what_is_contained_or_ahead(repo):
 
 def test_without_fast_forward_the_method_runs(repo):
   method = pj.merging.task_arithmetic(scale=0.5)
-  repo.merge("main", "left", method=method, fast_forward=False)
+  repo.merge(
+    "main", "left", method=method, fast_forward=False, one_sided="method"
+  )
   assert repo.show().recipe["contributors"] == [repo.resolve("left")]
   np.testing.assert_allclose(
     kernel(repo, "main")[0] - kernel(repo, "main~1")[0], 0.5, rtol=1e-5
@@ -139,10 +141,23 @@ def test_unrelated_histories_ask_for_the_base(repo):
     repo.merge("left", "other", method=pj.merging.linear())
 
 
-def test_merging_other_structures_lists_the_leaves(repo):
+def test_collisions_that_cannot_be_merged_are_all_listed(repo):
   repo.commit({"other": np.ones(2)}, message="x", branch="right")
-  repo.commit(shifted(2), message="y", branch="left")
-  with pytest.raises(errors.MismatchError, match="dense/kernel"):
+  repo.commit(
+    {**shifted(2), "step": np.int32(7), "other": np.ones(3)},
+    message="y",
+    branch="left",
+  )
+  with pytest.raises(errors.ConflictError, match="3 leaf") as info:
+    repo.merge("left", "right", method=pj.merging.linear())
+  for line in (
+    "dense/kernel: removed here and changed there",
+    "step: removed here",
+    "other: added in different ways",
+  ):
+    assert line in str(info.value)
+  repo.commit({**shifted(2), "step": np.int32(8)}, message="z", branch="right")
+  with pytest.raises(errors.ConflictError, match="step: int32 has no mean"):
     repo.merge("left", "right", method=pj.merging.linear())
 
 
