@@ -39,7 +39,7 @@ class Collection:
     self.dry_run = dry_run
     self.progress = progress
     self.bin = sweeping.Bin(repo.files, cutoff)
-    self.marks = marking.Marks(repo.objects)
+    self.marks = marking.Marks(repo.objects, repo.objects.shallow)
     self.removed: list[Removed] = []
     self.damaged: set[str] = set()
     self.kinds: dict[str, str] = {}  # of what is to go, by key

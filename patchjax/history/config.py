@@ -23,6 +23,7 @@ from patchjax.trees.errors import (
 if TYPE_CHECKING:
   import os
 
+  from patchjax.history.files import Files
   from patchjax.history.repo import Repo
 
 KEY = "config.json"
@@ -72,7 +73,19 @@ def remotes(repo: Repo) -> dict[str, Remote]:
     ...   {name: remote.url for name, remote in repo.remotes().items()}
     {'backup': 's3://bucket/model'}
   """
-  return _parse(repo, _read(repo))
+  return read(repo.files)
+
+
+def read(files: Files) -> dict[str, Remote]:
+  """Returns the remotes of a repository by name; see `remotes`.
+
+  Args:
+    files: files of the repository.
+
+  Raises:
+    FormatError: if `config.json` cannot be understood.
+  """
+  return _parse(files, _read(files))
 
 
 def add_remote(repo: Repo, name: str, url: str | os.PathLike[str]) -> Remote:
@@ -168,8 +181,8 @@ def update(repo: Repo, change: Callable[[dict[str, Remote]], None]) -> None:
     ConflictError: if others keep changing them.
   """
   for _ in range(20):
-    old = _read(repo)
-    known = _parse(repo, old)
+    old = _read(repo.files)
+    known = _parse(repo.files, old)
     change(known)
     value = {
       "version": VERSION,
@@ -186,17 +199,17 @@ def update(repo: Repo, change: Callable[[dict[str, Remote]], None]) -> None:
   )
 
 
-def _read(repo: Repo) -> bytes | None:
+def _read(files: Files) -> bytes | None:
   try:
-    return repo.files.read(KEY)
+    return files.read(KEY)
   except FileNotFoundError:
     return None
 
 
-def _parse(repo: Repo, data: bytes | None) -> dict[str, Remote]:
+def _parse(files: Files, data: bytes | None) -> dict[str, Remote]:
   if data is None:
     return {}
-  path = repo.files.path(KEY)
+  path = files.path(KEY)
   try:
     spelled = json.loads(data)
     if spelled["version"] != VERSION:

@@ -11,8 +11,9 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from patchjax.history import partial
 from patchjax.history.objects import is_id, key_of
-from patchjax.history.refs import HEADS, NOTES, TAGS
+from patchjax.history.refs import HEADS, NOTES, REMOTES, TAGS
 from patchjax.trees.errors import IntegrityError, PatchjaxError
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ class _Check:
     self.needed: dict[str, str] = {}  # object id -> who needs it
     self.leaves: dict[str, Entry] = {}
     self.names: dict[str, str] = {}  # leaf digest -> `commit: name`
+    self.left_out = 0  # leaves that a partial clone did not copy
 
   def run(self) -> FsckReport:
     """Checks everything."""
@@ -147,6 +149,7 @@ class _Check:
     names = self._objects()
     commits = self._reach(refs)
     packs = self._packs()
+    self._leave_out()
     used = self._leaves()
     dangling = [
       f"{kind} {name}"
@@ -162,6 +165,8 @@ class _Check:
         "objects": len(names),
         "packs": len(packs),
         "leaves": len(self.leaves),
+        # Said where it applies: most repositories are whole.
+        **({"left out": self.left_out} if self.left_out else {}),
       },
       dangling=tuple(sorted(dangling)),
       leftovers=tuple(self.repo.files.leftovers()),
@@ -173,7 +178,7 @@ class _Check:
   def _refs(self) -> dict[str, str]:
     """Returns `{space/name: id}` of the refs that hold one."""
     found = {}
-    for space in (HEADS, TAGS, NOTES):
+    for space in (HEADS, TAGS, REMOTES, NOTES):
       for name in self.repo.refs.names(space):
         try:
           id_ = self.repo.refs.get(space, name)
@@ -237,7 +242,8 @@ class _Check:
       commit = self.repo.objects.commit(name)
       user = f"commit {name[:12]}"
       needs: list[_Step] = [(commit.tree, "tree", user, (user,))]
-      needs += [(parent, "commit", user, ()) for parent in commit.parents]
+      parents = self.repo.objects.parents(name)  # none where it was cut
+      needs += [(parent, "commit", user, ()) for parent in parents]
       if commit.patch is not None:
         needs.append((commit.patch, "file", user, ()))
       return needs
@@ -268,6 +274,21 @@ class _Check:
     for pack, why in index.damaged.items():
       self._bad("index", pack, why, _REPAIR_PACK)
     return index.packs()
+
+  def _leave_out(self) -> None:
+    """Puts aside the leaves that a partial clone did not copy."""
+    commits = [n for n in self.needed if self.kinds.get(n) == "commit"]
+    try:
+      asked = partial.asked(self.repo, commits)
+    except IntegrityError:
+      return  # reported already; what is missing may be damage
+    if asked is None:
+      return
+    stored = self.repo.index.find(self.leaves)
+    for digest in self.leaves.keys() - asked:
+      if not stored[digest]:
+        del self.leaves[digest]
+        self.left_out += 1
 
   def _leaves(self) -> set[str]:
     """Verifies every leaf in every place; returns the packs they need."""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from patchjax.history import encodings
+from patchjax.history import encodings, partial
 from patchjax.history.files import Files
 from patchjax.history.index import Index, Location
 from patchjax.history.places import Packs
@@ -118,6 +118,11 @@ class LeafReader:
     return good, dict(why), used
 
   def _explain(self, bad: Mapping[str, Entry], why: Mapping[str, str]) -> str:
+    absent = [n for n, e in bad.items() if e.digest not in why]
+    if len(absent) == len(bad):
+      left_out = partial.explain(self.files, absent)
+      if left_out is not None:
+        return left_out
     lines = [f"{len(bad)} leaf/leaves cannot be read:"]
     for name, entry in sorted(bad.items()):
       reason = why.get(entry.digest, "stored in no payload of the repository")
