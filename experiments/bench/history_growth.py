@@ -22,7 +22,6 @@ from experiments.bench.history_tables import Section, Table, Target
 from experiments.bench.history_versions import Settings
 
 _LENGTHS = (10, 100, 1000)
-_TIMES = 7  # medians of so many
 
 
 def run(settings: Settings) -> Section:
@@ -32,6 +31,7 @@ def run(settings: Settings) -> Section:
     settings: with fewer than a million parameters, the lengths are a tenth.
   """
   lengths = [n if settings.params >= 1e6 else n // 10 for n in _LENGTHS]
+  rounds = 2 * settings.repeats
   repo = pj.Repo.init(settings.folder / "repo")
   rng = np.random.default_rng(0)
   value = jax.tree.map(jnp.array, workload.decoder(1e5))
@@ -57,9 +57,9 @@ def run(settings: Settings) -> Section:
   }
   found: dict[str, list[float]] = {job: [] for job in jobs}
   for length in lengths:
-    while made < length - _TIMES:
+    while made < length - rounds:
       commit()
-    taken = timing.interleaved(jobs, rounds=_TIMES - 1)
+    taken = timing.interleaved(jobs, rounds=rounds)
     for job, this in taken.items():
       found[job].append(statistics.median(this.cpu))
   rows = [

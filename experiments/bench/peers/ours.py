@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -68,6 +69,7 @@ FRESH = "the same of arrays that nobody knows"
 TINY = "50 commits of one small leaf"
 PARTIAL = "checkout of one layer of twelve"
 FSCK = "fsck, everything verified"
+CLONE = "clone into another folder"
 GC = "gc of a branch of one version"
 
 
@@ -97,6 +99,9 @@ def verbs(peer: Patchjax) -> dict[str, timing.Cost]:
     lambda: repo.checkout(peer.commits[-1], only="layers/3/.*")
   )
   found[FSCK] = timing.cost(lambda: _sound(repo))
+  copy = f"{repo.path}-copy"
+  found[CLONE] = timing.cost(lambda: pj.Repo.clone(repo.path, copy))
+  shutil.rmtree(copy)
   found[GC] = _collected(peer, value)
   return found
 
