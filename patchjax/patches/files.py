@@ -291,7 +291,36 @@ def load(path: str | os.PathLike[str]) -> Patch:
     OSError: if it cannot be read.
   """
   path = pathlib.Path(path)
-  header, body = storage.open_safetensors(path)
+  return _read(path, *storage.open_safetensors(path))
+
+
+def loads(data: bytes, what: str = "patch file") -> Patch:
+  """Reads the bytes of a patch file.
+
+  Args:
+    data: the bytes.
+    what: what they are called, for messages.
+
+  Returns:
+    The patch; its arrays are read-only views of the bytes.
+
+  Raises:
+    FormatError: see `load`.
+  """
+  try:
+    safetensors.deserialize(data)
+  except safetensors.SafetensorError as error:
+    raise FormatError(
+      f"{what}: truncated, or not a safetensors file ({error})"
+    ) from error
+  size = 8 + int.from_bytes(data[:8], "little")
+  body = np.frombuffer(data, np.uint8)[size:]
+  return _read(what, json.loads(data[8:size]), body)
+
+
+def _read(
+  path: str | pathlib.Path, header: Mapping[str, Any], body: np.ndarray
+) -> Patch:
   metadata = header.get("__metadata__", {})
   if metadata.get("format") != FORMAT:
     raise FormatError(
@@ -341,7 +370,7 @@ def is_patch_file(path: str | os.PathLike[str]) -> bool:
 class _Reader:
   """Makes deltas of what the header of one file says."""
 
-  path: pathlib.Path
+  path: str | pathlib.Path
   header: Mapping[str, Any]
   body: np.ndarray
 

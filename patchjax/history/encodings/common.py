@@ -13,6 +13,8 @@ from patchjax.trees import dtypes, tiles
 from patchjax.trees.digest import Entry
 from patchjax.trees.tiles import Region
 
+_ALIGNMENT = 64  # bytes
+
 # Words of one key of JAX's own PRNGs.
 _KEY_WORDS = {"key<fry>": 2, "key<rbg>": 4, "key<urbg>": 4}
 
@@ -59,8 +61,9 @@ class Encoding:
       another leaf of the same dtype and shape, None unless `delta`.
     decode: `(entry, region, fetch, base) -> words` of that region (None: of
       the whole leaf), the inverse; `base` are the base's words of the same
-      region and are not written to. Raises ValueError if what is stored
-      cannot be such a leaf.
+      region. A base that is writeable is taken over: pass a read-only view of
+      one that is needed again. Raises ValueError if what is stored cannot be
+      such a leaf.
     parts: names of the arrays it may store; "" where there is one.
     delta: whether it is a difference to a base.
     elementwise: whether shards can be encoded one by one, in place: there is
@@ -148,6 +151,23 @@ def grid_of(entry: Entry) -> tiles.Grid:
   inner = words_shape(entry.dtype, entry.shape)[len(entry.shape) :]
   size = word_of(entry.dtype).itemsize * math.prod(inner)
   return tiles.grid(entry.shape, size)
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """Returns a new array whose memory JAX can use on a CPU without a copy.
+
+  Args:
+    shape: its shape.
+    dtype: its dtype.
+
+  Example:
+    >>> aligned((3,), np.dtype("float32")).ctypes.data % 64
+    0
+  """
+  size = math.prod(shape) * dtype.itemsize
+  room = np.empty(size + _ALIGNMENT, np.uint8)
+  start = -room.ctypes.data % _ALIGNMENT
+  return room[start : start + size].view(dtype).reshape(shape)
 
 
 def needed(base: np.ndarray | None) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from patchjax.history.encodings.common import (
   Encoding,
   Fetch,
+  aligned,
   expect,
   full,
   needed,
@@ -78,7 +79,7 @@ def _decode(
   base = needed(base)
   part = of_words(entry, full(entry, region))
   expect(base, base.dtype, tiles.shape_of(part))
-  octets = np.empty((*base.shape, base.itemsize), np.uint8)
+  octets = aligned((*base.shape, base.itemsize), np.dtype(np.uint8))
   # The planes are interleaved while they are copied out of their chunks.
   fetch("", (slice(0, base.itemsize), *part), out=np.moveaxis(octets, -1, 0))
   return _join(octets, base)

@@ -39,6 +39,23 @@ def zigzag(
   return out
 
 
+def unzigzag(codes: np.ndarray) -> np.ndarray:
+  """Turns zigzag codes into differences, modulo the word, in place.
+
+  Args:
+    codes: unsigned integers [n]; written over.
+
+  Example:
+    >>> unzigzag(np.uint8([1, 2, 4])).tolist()
+    [255, 1, 2]
+  """
+  one = codes.dtype.type(1)
+  signs = codes & one
+  np.negative(signs, out=signs)
+  np.right_shift(codes, one, out=codes)
+  return np.bitwise_xor(codes, signs, out=codes)
+
+
 def add_zigzag(codes: np.ndarray, old: np.ndarray) -> np.ndarray:
   """Turns zigzag codes of `new - old` into `new`, in place; the inverse.
 
@@ -50,13 +67,7 @@ def add_zigzag(codes: np.ndarray, old: np.ndarray) -> np.ndarray:
     >>> add_zigzag(np.uint8([1, 2, 2]), np.uint8([8, 0, 255])).tolist()
     [7, 1, 0]
   """
-  one = codes.dtype.type(1)
-  signs = np.empty(min(codes.size, _BLOCK), codes.dtype)
   for start in range(0, codes.size, _BLOCK):
-    block = codes[start : start + _BLOCK]
-    sign = np.bitwise_and(block, one, out=signs[: block.size])
-    np.negative(sign, out=sign)
-    np.right_shift(block, one, out=block)
-    np.bitwise_xor(block, sign, out=block)
+    block = unzigzag(codes[start : start + _BLOCK])
     np.add(block, old[start : start + _BLOCK], out=block)
   return codes

@@ -1,0 +1,238 @@
+"""`factors`: a leaf as a submitted patch made it, from the patch file itself.
+
+A patch that is committed is kept byte for byte beside its result. A leaf that
+the pinned evaluation of one of its deltas reproduces bit for bit needs no room
+of its own: its place in the index names the patch file and the delta. Low-rank
+factors, sparse and quantized numbers are cut to the region before they are
+evaluated, so that a region costs what it holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from patchjax.history.encodings.common import (
+  Encoding,
+  Fetch,
+  aligned,
+  expect,
+  full,
+  grid_of,
+  needed,
+  of_words,
+)
+from patchjax.trees import dtypes, tiles
+from patchjax.trees.digest import Entry
+from patchjax.trees.tiles import Region
+
+if TYPE_CHECKING:
+  from patchjax.patches import Patch
+  from patchjax.patches.deltas import Delta
+
+_ID, _NAME = "id", "name"  # parts: of which patch, which delta
+_OPEN = 4  # patch files that stay parsed
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+  """The delta of a committed patch that made a leaf of its base.
+
+  Attributes:
+    patch: id of the object that holds the patch file.
+    name: the leaf's name in the patch.
+    delta: the numeric delta.
+  """
+
+  patch: str
+  name: str
+  delta: Any
+
+  @property
+  def key(self) -> str:
+    """What an index calls it."""
+    return f"{self.patch}/{self.name}"
+
+
+def object_of(encoding: str, key: str) -> str | None:
+  """Returns the id of the object that a leaf is read from beside its pack.
+
+  Args:
+    encoding: how the leaf is stored.
+    key: its key.
+
+  Example:
+    >>> object_of("dense", "w") is None, object_of("factors", "ab/w")
+    (True, 'ab')
+  """
+  return key.partition("/")[0] if encoding == FACTORS.name else None
+
+
+def fetch_patch(key: str, read: Callable[[str], bytes]) -> Fetch:
+  """Returns what reads the parts of a leaf that is held as factors.
+
+  Args:
+    key: the leaf's key.
+    read: returns the bytes of an object, verified.
+  """
+  patch, _, name = key.partition("/")
+
+  def fetch(
+    part: str, region: Region | None = None, out: np.ndarray | None = None
+  ) -> np.ndarray:
+    del region, out
+    data = {"": read, _ID: str.encode, _NAME: lambda _: name.encode()}[part]
+    return np.frombuffer(data(patch), np.uint8)
+
+  return fetch
+
+
+def _encode(
+  words: np.ndarray, base: np.ndarray | None, entry: Entry
+) -> dict[str, np.ndarray]:
+  raise ValueError("factors are no encoding of a leaf without its patch")
+
+
+def _decode(
+  entry: Entry, region: Region | None, fetch: Fetch, base: np.ndarray | None
+) -> np.ndarray:
+  from patchjax.patches.deltas import Delta
+
+  patch = _patch(bytes(fetch(_ID)).decode(), lambda: bytes(fetch("")))
+  name = bytes(fetch(_NAME)).decode()
+  delta = patch.deltas.get(name)
+  if not isinstance(delta, Delta):
+    raise ValueError(f"the patch has no delta of {name!r}")
+  return evaluate(entry, region, delta, needed(base))
+
+
+def evaluate(
+  entry: Entry, region: Region | None, delta: Delta, base: np.ndarray
+) -> np.ndarray:
+  """Returns the words of a region after a delta, by the pinned evaluation.
+
+  Args:
+    entry: the leaf.
+    region: a region of it; None for all of it.
+    delta: a numeric delta of the whole leaf.
+    base: the words of the region before.
+
+  Raises:
+    ValueError: if the delta does not fit the leaf.
+  """
+  from patchjax.patches import pinned
+  from patchjax.patches.checks import misfit
+
+  if why := misfit(delta, entry):
+    raise ValueError(why)
+  wanted = full(entry, region)
+  expect(base, base.dtype, tiles.shape_of(of_words(entry, wanted)))
+  words = aligned(base.shape, base.dtype)
+  grid = grid_of(entry)
+  # Tile by tile: the many passes of a low-rank sum stay in cache.
+  for number in grid.cover(wanted) if entry.shape else [0]:
+    piece = tiles.overlap(grid[number], wanted)
+    if piece is None:
+      continue
+    here = tiles.within(piece, wanted)
+    leaf = dtypes.device(np.asarray(base[here]), entry.dtype)
+    changed = pinned.apply_host(leaf, cut(delta, entry.shape, piece))
+    words[here] = dtypes.host(changed)[0]
+  return words
+
+
+def cut(delta: Delta, shape: tuple[int, ...], region: Region) -> Delta:
+  """Returns the delta of a region of a leaf.
+
+  Args:
+    delta: a numeric delta of the whole leaf.
+    shape: shape of the leaf.
+    region: with all its bounds spelled out.
+
+  Example:
+    >>> from patchjax.patches.codes import Dense
+    >>> from patchjax.patches.deltas import Delta
+    >>> delta = Delta(Dense(np.float32([1, 2, 3])), "add")
+    >>> cut(delta, (3,), (slice(1, 3),)).code.values.tolist()
+    [2.0, 3.0]
+  """
+  from patchjax.patches.codes import Dense, LowRank, Quantized
+
+  code: Any = delta.code
+  match code:
+    case Dense(values=values):
+      # An axis of one number stands for equal numbers along the leaf's.
+      part = tuple(
+        s if n > 1 else slice(None) for s, n in zip(region, values.shape)
+      )
+      code = Dense(values[part])
+    case LowRank(a=a, b=b, batch=batch):
+      inner = a.ndim - 1
+      rank = (slice(None),)
+      code = dataclasses.replace(
+        code,
+        a=a[region[:inner] + rank],
+        b=b[region[:batch] + rank + region[inner:]],
+      )
+    case Quantized(words=words):
+      scales = np.asarray(code.scales)
+      for axis, (s, step) in enumerate(zip(region, code.block)):
+        if scales.shape[axis] > 1:
+          index = np.arange(s.start, s.stop) // step
+          scales = np.take(scales, index, axis=axis)
+      block = (1,) * len(shape)
+      code = Quantized(np.asarray(words)[region], scales, code.bits, block)
+    case _:
+      code = _cut_sparse(code, shape, region)
+  return dataclasses.replace(delta, code=code)
+
+
+def _cut_sparse(code: Any, shape: tuple[int, ...], region: Region) -> Any:
+  from patchjax.patches.codes import Quantized, Sparse, spread, unravel
+
+  # A leaf without axes counts as one of shape [1].
+  region = region or (slice(0, 1),)
+  axes = unravel(np.asarray(code.indices), shape or (1,))
+  inside = np.ones(len(axes[0]), bool)
+  for axis, s in zip(axes, region):
+    inside &= (axis >= s.start) & (axis < s.stop)
+  small = tiles.shape_of(region)
+  places = [axis[inside] - s.start for axis, s in zip(axes, region)]
+  flat = np.ravel_multi_index(places, small).astype(np.int32)
+  values = code.values
+  if isinstance(values, Quantized):
+    scales = spread(np.asarray(values.scales), values.block, values.shape)
+    scales = np.broadcast_to(scales, values.shape)[inside]
+    words = np.asarray(values.words)[inside]
+    values = Quantized(words, scales, values.bits, (1,))
+  else:
+    values = np.asarray(values)[inside]
+  return Sparse(values, flat, small if shape else ())
+
+
+_parsed: dict[str, Patch] = {}
+
+
+def _patch(patch: str, read: Callable[[], bytes]) -> Patch:
+  """Returns a patch; the last few stay parsed."""
+  if patch not in _parsed:
+    from patchjax.patches.files import loads
+
+    loaded = loads(read(), f"object {patch}")
+    while len(_parsed) >= _OPEN:
+      _parsed.pop(next(iter(_parsed)), None)
+    _parsed[patch] = loaded
+  return _parsed[patch]
+
+
+FACTORS = Encoding(
+  "factors",
+  _encode,
+  _decode,
+  parts=(),
+  delta=True,
+  heavy=True,
+)
