@@ -90,7 +90,7 @@ def merge(
 
   given = {"density": density, "scale": scale, "weights": _numbers(weights)}
   given = {name: value for name, value in given.items() if value is not None}
-  chain = _method(method, given | dict(_assignment(text) for text in more))
+  chain = merge_method(method, given | dict(assignment(text) for text in more))
   repo = open_repo()
   if dry_run:
     with waiting("comparing the contributors"):
@@ -238,8 +238,13 @@ def demo(directory: str, force: bool) -> None:
     sys.exit(1)
 
 
-def _method(name: str, arguments: dict[str, Any]) -> Any:
-  """The merge method of a name, with the arguments that it takes."""
+def merge_method(name: str, arguments: dict[str, Any]) -> Any:
+  """Returns the merge method of a name, with the arguments that it takes.
+
+  Args:
+    name: a function of `patchjax.merging.methods`.
+    arguments: its arguments.
+  """
   import inspect
 
   from patchjax.merging import methods
@@ -278,7 +283,12 @@ def _numbers(text: str | None) -> list[float] | None:
     ) from error
 
 
-def _assignment(text: str) -> tuple[str, Any]:
+def assignment(text: str) -> tuple[str, Any]:
+  """Returns the two sides of an assignment.
+
+  Args:
+    text: NAME=JSON, or NAME=WORD.
+  """
   name, sign, value = text.partition("=")
   if not sign:
     raise click.BadParameter(f"expected NAME=JSON, found {text!r}")
