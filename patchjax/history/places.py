@@ -13,6 +13,7 @@ from patchjax.history import blobs, encodings
 from patchjax.history.encodings import Fetch
 from patchjax.history.files import Files
 from patchjax.history.index import Location
+from patchjax.history.objects import Objects
 from patchjax.history.payloads import Payload
 from patchjax.trees.errors import IntegrityError
 
@@ -52,6 +53,8 @@ class Packs:
     Raises:
       IntegrityError: if it is in a blob that cannot be read.
     """
+    if encodings.object_of(place.encoding, place.key) is not None:
+      return encodings.fetch_patch(place.key, Objects(self.files).read)
     if place.pack.startswith("blobs/"):
       return encodings.fetch_from(self._unpack(place))
     payload = self._payload(place.pack)
