@@ -177,21 +177,16 @@ def land(
   tries = float("inf") if retry is True else int(retry)
   mine = dict(entries)
   while True:
-    tree, objects = tree_objects(mine)
-    data = commit_bytes(
-      tree=tree,
+    commit, objects = spelled(
+      repo,
+      mine,
       parents=parents,
       message=message,
       author=author,
       time=when,
       recipe=recipe,
       patch=patch,
-      order=_order(repo, parents, when),
     )
-    commit = id_of(data)
-    if branch is None:
-      repo.objects.write_all({**objects, commit: data})
-      return commit
     try:
       reflog.move(
         repo,
@@ -201,7 +196,7 @@ def land(
         new=commit,
         why=f"{verb}: {title}" if parents else f"{verb} (initial): {title}",
         who=author,
-        objects={**objects, commit: data},
+        objects=objects,
       )
       return commit
     except ConflictError:
@@ -211,6 +206,43 @@ def land(
     tries -= 1
     mine = combined(repo, entries, old, branch, parents[0], tip)
     parents, expected = (tip, *parents[1:]), tip
+
+
+def spelled(
+  repo: Repo,
+  entries: Mapping[str, Entry],
+  *,
+  parents: tuple[str, ...],
+  message: str,
+  author: str,
+  time: str,
+  recipe: dict[str, Any] | None,
+  patch: str | None,
+) -> tuple[str, dict[str, bytes]]:
+  """Returns the id of a commit, and the objects that it needs; stores nothing.
+
+  Args:
+    repo: the repository, where its parents are.
+    entries: the leaves of the value.
+    parents: ids of the parents.
+    message: what was done.
+    author: by whom.
+    time: when, ISO 8601.
+    recipe: how the value was computed.
+    patch: id of the patch file that was submitted.
+  """
+  tree, objects = tree_objects(entries)
+  data = commit_bytes(
+    tree=tree,
+    parents=parents,
+    message=message,
+    author=author,
+    time=time,
+    recipe=recipe,
+    patch=patch,
+    order=_order(repo, parents, time),
+  )
+  return id_of(data), {**objects, id_of(data): data}
 
 
 def combined(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -186,6 +187,62 @@ def contributing(repo: Repo, tip: str, refs: Sequence[str]) -> list[str]:
   return tips
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a merge takes as it is, and what it leaves to the method.
+
+  Attributes:
+    taken: leaves that changed in one way, or not at all.
+    base: the others, in the base.
+    sides: the others, in each contributor.
+  """
+
+  taken: Leaves
+  base: Leaves
+  sides: tuple[Leaves, ...]
+
+
+def plan(
+  base: Mapping[str, Entry],
+  sides: Mapping[str, Mapping[str, Entry]],
+  one_sided: OneSided = "take",
+) -> Plan:
+  """Returns what becomes of each leaf in a merge.
+
+  Args:
+    base: leaves of the base.
+    sides: `{commit id: leaves}` of the contributors.
+    one_sided: see `merge`.
+
+  Raises:
+    ConflictError: lists the leaves whose changes collide.
+  """
+  taken: Leaves = {}
+  colliding, bad = [], []
+  for name in sorted(set(base).union(*sides.values())):
+    old = base.get(name)
+    found = [side.get(name) for side in sides.values()]
+    new = set(found) - {old}
+    why = _unmergeable(old, found)
+    if not why and (len(new) > 1 or (new and one_sided == "method")):
+      colliding.append(name)
+    elif len(new) > 1:
+      bad.append(f"  {name}: {why}; {_spell(old, sides, name)}")
+    elif (only := next(iter(new), old)) is not None:
+      taken[name] = only
+  if bad:
+    raise ConflictError(
+      f"{len(bad)} leaf/leaves were changed in ways that cannot be merged:\n"
+      + "\n".join(bad)
+      + "\nto mend it: make them equal in a commit to one of the branches"
+    )
+  return Plan(
+    taken,
+    {name: base[name] for name in colliding},
+    tuple({n: side[n] for n in colliding} for side in sides.values()),
+  )
+
+
 def merged(
   values: Values,
   base: Mapping[str, Entry],
@@ -205,50 +262,33 @@ def merged(
   Raises:
     ConflictError: lists the leaves whose changes collide.
   """
-  result: Leaves = {}
-  colliding, bad = [], []
-  for name in dict.fromkeys(
-    [*base, *(n for side in sides.values() for n in side)]
-  ):
-    old = base.get(name)
-    found = [side.get(name) for side in sides.values()]
-    new = set(found) - {old}
-    why = _unmergeable(old, found)
-    if new and (not why and (len(new) > 1 or one_sided == "method")):
-      colliding.append(name)
-    elif len(new) > 1:
-      bad.append(f"  {name}: {why}; {_spell(old, sides, name)}")
-    else:
-      taken = next(iter(new), old)
-      if taken is not None:
-        result[name] = taken
-  if bad:
-    raise ConflictError(
-      f"{len(bad)} leaf/leaves were changed in ways that cannot be merged:\n"
-      + "\n".join(bad)
-      + "\nto mend it: make them equal in a commit to one of the branches"
-    )
-  if colliding:
-    result |= _run(values, base, sides, colliding, method)
-  return result
+  planned = plan(base, sides, one_sided)
+  return planned.taken | run(values, planned.base, planned.sides, method)
+
+
+def is_merged(leaf: Entry) -> bool:
+  """Returns whether a leaf has task vectors: real floating point numbers.
+
+  Args:
+    leaf: its entry.
+  """
+  from patchjax.trees.dtypes import KINDS
+
+  kind = KINDS.get(leaf.dtype)
+  return kind is not None and kind.floating and kind.words == 1
 
 
 def _unmergeable(
   old: Entry | None, found: Sequence[Entry | None]
 ) -> str | None:
   """Why a leaf has no task vectors; None if it has."""
-  from patchjax.trees.dtypes import KINDS
-
   if old is None:
     return "added in different ways"
   if None in found:
     return "removed here and changed there"
   if any((e.dtype, e.shape) != (old.dtype, old.shape) for e in found if e):
     return "of another dtype or shape"
-  kind = KINDS.get(old.dtype)
-  if kind is None or not kind.floating or kind.words != 1:
-    return f"{old.dtype} has no mean"
-  return None
+  return None if is_merged(old) else f"{old.dtype} has no mean"
 
 
 def _spell(
@@ -264,19 +304,27 @@ def _spell(
   return ", ".join(parts)
 
 
-def _run(
+def run(
   values: Values,
   base: Mapping[str, Entry],
-  sides: Mapping[str, Mapping[str, Entry]],
-  names: Sequence[str],
+  sides: Sequence[Mapping[str, Entry]],
   method: Any,
 ) -> Leaves:
-  """Runs the method on the leaves that several versions changed."""
+  """Runs a method on leaves that all versions have; see `merged`.
+
+  Args:
+    values: reads and keeps leaves.
+    base: leaves of the base.
+    sides: those of each contributor.
+    method: a merge method.
+  """
+  if not base:
+    return {}
   from patchjax import merging
   from patchjax.trees.names import named_leaves, nested
 
   def tree(side: Mapping[str, Entry]) -> Any:
-    return nested(values.arrays({name: side[name] for name in names}))
+    return nested(values.arrays(side))
 
-  result = merging.merge(tree(base), [tree(s) for s in sides.values()], method)
+  result = merging.merge(tree(base), [tree(side) for side in sides], method)
   return {name: values.put(x) for name, x in named_leaves(result).items()}
