@@ -177,7 +177,7 @@ def land(
   tries = float("inf") if retry is True else int(retry)
   mine = dict(entries)
   while True:
-    commit, objects = spelled(
+    commit, objects = _spelled(
       repo,
       mine,
       parents=parents,
@@ -187,6 +187,9 @@ def land(
       recipe=recipe,
       patch=patch,
     )
+    if branch is None:
+      repo.objects.write_all(objects)
+      return commit
     try:
       reflog.move(
         repo,
@@ -208,7 +211,7 @@ def land(
     parents, expected = (tip, *parents[1:]), tip
 
 
-def spelled(
+def _spelled(
   repo: Repo,
   entries: Mapping[str, Entry],
   *,
@@ -219,18 +222,7 @@ def spelled(
   recipe: dict[str, Any] | None,
   patch: str | None,
 ) -> tuple[str, dict[str, bytes]]:
-  """Returns the id of a commit, and the objects that it needs; stores nothing.
-
-  Args:
-    repo: the repository, where its parents are.
-    entries: the leaves of the value.
-    parents: ids of the parents.
-    message: what was done.
-    author: by whom.
-    time: when, ISO 8601.
-    recipe: how the value was computed.
-    patch: id of the patch file that was submitted.
-  """
+  """The id of a commit, and the objects that it needs."""
   tree, objects = tree_objects(entries)
   data = commit_bytes(
     tree=tree,

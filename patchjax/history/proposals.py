@@ -28,20 +28,29 @@ def is_patch(value: Any) -> bool:
 
 
 def materialise(
-  repo: Repo, value: Any, parents: tuple[str, ...], old: Mapping[str, Entry]
+  repo: Repo,
+  value: Any,
+  parents: tuple[str, ...],
+  old: Mapping[str, Entry],
+  *,
+  any_base: bool = False,
 ) -> tuple[dict[str, Any], str]:
   """Returns the leaves of a patched version, and the id of the patch file.
 
-  Untouched leaves are not read.
+  Untouched leaves are not read. A patch that says for which value it was made
+  is applied to no other, and a patch file has to say it; a patch in memory
+  that does not is taken to be for the version that it is committed on.
 
   Args:
     repo: the repository.
     value: a patch, or the path of a patch file.
     parents: ids of the parents; the patch is applied to the first.
     old: the entries of the first parent.
+    any_base: whether any version of the same structure will do.
 
   Raises:
-    BaseMismatchError: if the patch was made for another value.
+    BaseMismatchError: if the patch was made for another value, or is a file
+      that does not say for which.
     MismatchError: if its structure does not fit; lists every bad leaf.
   """
   from patchjax.history.restoring import stored
@@ -53,6 +62,14 @@ def materialise(
     patch = Patch.load(value)
     with open(value, "rb") as file:
       data = file.read()
+    if patch.base is None and not any_base:
+      raise BaseMismatchError(
+        f"{os.fspath(value)} does not say for which value it was made; save "
+        "it with `patch.save(path, base=params)`, or commit it with "
+        "any_base=True (--any-base)"
+      )
+  if any_base:
+    patch = patch.replace(base=None)
   if not parents:
     raise RepositoryError(
       "a patch needs a version to be applied to, and the branch has none "
@@ -68,7 +85,7 @@ def materialise(
   }
   changed = pinned.apply_named(named, patch)
   if data is None:
-    data = _file_of(patch.replace(base=base.tree))
+    data = file_of(patch.replace(base=base.tree))
   return changed, repo.objects.write(data)
 
 
@@ -123,7 +140,12 @@ def _inserts(delta: Any) -> bool:
   return isinstance(delta, Insert)
 
 
-def _file_of(patch: Patch) -> bytes:
+def file_of(patch: Patch) -> bytes:
+  """Returns the bytes of a patch as a file.
+
+  Args:
+    patch: the patch.
+  """
   with tempfile.TemporaryDirectory() as folder:
     path = os.path.join(folder, "patch.safetensors")
     patch.save(path)

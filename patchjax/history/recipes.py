@@ -81,13 +81,21 @@ def of_merge(
   """
   return {
     "kind": "merge",
-    "spec": _plain(method.spec),
-    "numbers": _plain(method.numbers),
+    **of_method(method),
     "base": base,
     "contributors": list(contributors),
     "one_sided": one_sided,
     **_surroundings(),
   }
+
+
+def of_method(method: Any) -> dict[str, Any]:
+  """Returns a merge method as JSON: its spec and its numbers.
+
+  Args:
+    method: the merge method.
+  """
+  return {"spec": _plain(method.spec), "numbers": _plain(method.numbers)}
 
 
 def method_of(recipe: Mapping[str, Any], method: Any = None) -> Any:
@@ -118,8 +126,8 @@ def method_of(recipe: Mapping[str, Any], method: Any = None) -> Any:
       f"expected the recipe of a merge, found one of {recipe.get('kind')!r}"
     )
   if method is not None:
-    for what in ("spec", "numbers"):
-      expected, found = recipe[what], _plain(getattr(method, what))
+    for what, found in of_method(method).items():
+      expected = recipe[what]
       if expected != found:
         raise FormatError(
           f"the method has another {what} than the recipe: expected "

@@ -170,6 +170,7 @@ class Repo:
     on: str | None = None,
     recipe: dict[str, Any] | None = None,
     retry: bool | int = False,
+    any_base: bool = False,
   ) -> str:
     """Stores a value as a new version of a branch.
 
@@ -231,7 +232,9 @@ class Repo:
     old = self.tree(ids[0]) if ids else {}
     patch_id = None
     if proposals.is_patch(value):
-      named, patch_id = proposals.materialise(self, value, ids, old)
+      named, patch_id = proposals.materialise(
+        self, value, ids, old, any_base=any_base
+      )
     else:
       named = state.arrays(named_leaves(value))
     return committing.record(
