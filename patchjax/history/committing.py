@@ -151,7 +151,8 @@ def land(
     repo: the repository.
     entries: the leaves of the value.
     old: the leaves of the first parent.
-    branch: see `record`, as for all arguments that are not listed.
+    branch: see `record`, as for all arguments that are not listed. Without
+      one the commit is written, and no ref moves.
     expected: see there.
     parents: see there.
     message: see there.
