@@ -42,9 +42,9 @@ def run(settings: Settings) -> Section:
   scale = min(1.0, settings.params / _FULL) ** 0.5
   versions = _versions(scale)
   makers, remarks = peers_of(settings, [Patchjax, Command], [git.GitLfs])
-  small = _versions(1 / 32)
   once = functools.partial(history_rounds.run, repeats=1, extra=_none)
-  once(makers, small, settings.folder / "warm")
+  if settings.params >= 1e6:
+    once(makers, _versions(1 / 32), settings.folder / "warm")
   results = history_rounds.run(
     makers, versions, settings.folder, repeats=settings.repeats, extra=_none
   )

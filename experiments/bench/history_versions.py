@@ -59,11 +59,11 @@ def run(settings: Settings, dtype: Any) -> Section:
   makers, remarks = peers_of(
     settings, [Patchjax, Orbax, Safetensors], [git.GitLfs, ice.Icechunk]
   )
-  # What only happens once in a process is nobody's cost.
-  small = workload.versions(1e5, dtype)
-  history_rounds.run(
-    makers, small, settings.folder / "warm", repeats=1, extra=_verbs
-  )
+  if settings.params >= 1e6:
+    # What only happens once in a process is nobody's cost.
+    small = workload.versions(1e5, dtype)
+    warm = settings.folder / "warm"
+    history_rounds.run(makers, small, warm, repeats=1, extra=_verbs)
   results = history_rounds.run(
     makers, versions, settings.folder, repeats=settings.repeats, extra=_verbs
   )

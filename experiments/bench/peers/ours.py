@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import patchjax as pj
 from experiments.bench import timing, workload
@@ -85,9 +84,9 @@ def verbs(peer: Patchjax) -> dict[str, timing.Cost]:
   found = {NOTHING: timing.cost(lambda: commit(value))}
   fresh = jax.block_until_ready(jax.tree.map(jnp.copy, value))
   found[FRESH] = timing.cost(lambda: commit(fresh))
+  norm = value["norm"]
   steps = [
-    value | {"norm": value["norm"] + np.float32(step).astype(value["norm"])}
-    for step in range(50)
+    value | {"norm": norm + jnp.asarray(step, norm.dtype)} for step in range(50)
   ]
 
   def tiny() -> None:
