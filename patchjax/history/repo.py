@@ -37,8 +37,10 @@ from patchjax.history import (
   notes,
   proposals,
   pushing,
+  rebasing,
   recipes,
   reflog,
+  reverting,
 )
 from patchjax.history.files import open_files
 from patchjax.history.fsck import check
@@ -201,6 +203,11 @@ class Repo:
         (True), or at most so many times. Name the version that the value was
         made from in `parents`: what has happened before this call is not
         noticed otherwise.
+      any_base: whether a patch may be committed on another value than it was
+        made for, if the structure is the same. It must be asked for where a
+        patch names another base, or where a patch file names none, as with
+        `patchjax apply`; a patch in memory that names none is taken to be for
+        the version it is committed on.
 
     Returns:
       The commit id.
@@ -383,6 +390,9 @@ class Repo:
   merge_base = merges.merge_base
   merge = merges.merge
   replay = recipes.replay
+  revert = reverting.revert
+  cherry_pick = rebasing.cherry_pick
+  rebase = rebasing.rebase
   open = lazy.open_lazily
   patch_of = proposals.patch_of
   fsck = check
