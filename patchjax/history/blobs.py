@@ -28,7 +28,8 @@ MAGIC = b"patchjax blob 1\n"
 LARGEST = 64 * 1024
 """Bytes up to which arrays go into a blob."""
 
-_TRY = 32 * LARGEST  # raw bytes beyond which compression is not even tried
+TRY = 32 * LARGEST
+"""Raw bytes beyond which compression is not even tried."""
 
 
 def pack(
@@ -44,7 +45,7 @@ def pack(
     index: the index of the leaves, as `index.py` writes it.
     generation: see `index.write`.
   """
-  if sum(array.nbytes for array in arrays.values()) > _TRY:
+  if sum(array.nbytes for array in arrays.values()) > TRY:
     return None
   extents: dict[str, Any] = {}
   parts: list[bytes] = []

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from patchjax.trees import dtypes
-from patchjax.trees.digest import Entry, words_digest
+from patchjax.history import parts
+from patchjax.history.parts import Parts
+from patchjax.trees.digest import Entry
 
 _BLOCK = 1 << 20  # bytes compared at a time: a change is found early
 
@@ -56,52 +57,41 @@ def recall(x: Any) -> Entry | None:
   return found[1] if found is not None and found[0]() is x else None
 
 
-def words_of(digest: str) -> np.ndarray | None:
-  """Returns the bits of a leaf if some array that holds them is alive.
+def parts_of(digest: str) -> Parts | None:
+  """Returns what this process holds of a leaf, if an array of it is alive.
 
   Args:
     digest: digest of the leaf.
   """
   x = _by_digest.get(digest)
-  if x is None or x.is_deleted() or not x.is_fully_addressable:
-    return None
-  return dtypes.host(x)[0]
+  return None if x is None or x.is_deleted() else parts.parts_of(x)
 
 
-def entry_of(x: Any, parent: Entry | None) -> Entry:
-  """Returns the entry of a leaf by the cheapest proof there is.
+def equal(held: Parts, parent: Entry | None) -> Entry | None:
+  """Returns the parent's entry if an array of it is alive, and has these bits.
 
-  Identity, then bit equality with the parent's array if it is in memory (a
-  comparison runs several times as fast as SHA-256), then the digest.
+  A comparison runs several times as fast as SHA-256.
 
   Args:
-    x: the leaf.
+    held: what this process holds of a leaf: the answer is about that.
     parent: entry of the leaf of this name in the parent version.
-
-  Raises:
-    DtypeError: if it is no array of a known dtype.
   """
-  entry = recall(x)
-  if entry is not None:
-    return entry
-  words, dtype = dtypes.host(x)
-  shape = tuple(np.shape(x))
-  if (
-    parent is not None
-    and (parent.dtype, parent.shape) == (dtype, shape)
-    and (old := words_of(parent.digest)) is not None
-    and _equal(words, old)
-  ):
-    entry = parent
-  else:
-    entry = Entry(words_digest(words, dtype, shape), dtype, shape)
-  remember(x, entry)
-  return entry
+  if parent is None or (parent.dtype, parent.shape) != (held.dtype, held.shape):
+    return None
+  old = parts_of(parent.digest)
+  if old is None:
+    return None
+  for part in held.parts:
+    try:
+      before = old.read(part.region)
+    except ValueError:
+      return None  # it lies in other processes
+    if not _equal(part.fetch(), before):
+      return None
+  return parent
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-  if a.shape != b.shape:
-    return False
   a, b = a.reshape(-1), b.reshape(-1)
   step = _BLOCK // a.itemsize
   return all(

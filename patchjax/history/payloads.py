@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from patchjax.history import processes
 from patchjax.history.files import TEMPORARY, Files
 from patchjax.trees.errors import FormatError, IntegrityError, RepositoryError
 
@@ -32,6 +33,9 @@ _STATE = "state"  # Orbax's folder for a pytree
 _NODES = 32 << 20  # bytes of OCDBT nodes kept in memory
 
 _ALIGNMENT = 64  # bytes
+
+_IN_FLIGHT = 128 << 20  # bytes on their way to the disk at a time
+_FILE = 64 << 20  # bytes of a data file, at which it is written out
 
 _CHUNK = 8 << 20  # bytes of a chunk at most: what a partial read has to decode
 
@@ -58,7 +62,9 @@ def save(
 
   Args:
     path: folder to create.
-    arrays: `{key: host array}`, or nested dicts of them.
+    arrays: `{key: array}`, or nested dicts of them: numpy arrays, and
+      `jax.Array`s over any devices and processes, of which every process
+      writes its shards (then it is called by all of them).
     metadata: JSON-able remarks for those who open it with Orbax.
 
   Raises:
@@ -67,8 +73,9 @@ def save(
   from orbax.checkpoint import v1 as ocp
 
   try:
-    _probe(path)
-    with _quiet():
+    if "://" not in path:
+      processes.together(lambda: _probe(path))
+    with _quiet(), _options(ocp, arrays):
       ocp.save(path, arrays, custom_metadata=metadata)
   except _STORAGE_ERRORS as error:
     folder, name = os.path.split(path)
@@ -82,6 +89,26 @@ def save(
     ) from error
 
 
+def _options(ocp: Any, arrays: Mapping[str, Any]) -> Any:
+  """Returns the Orbax context to save in."""
+  import jax
+
+  context = ocp.Context()
+  saving = context.array.saving
+  # A partial read decodes whole chunks.
+  saving.storage_options.chunk_byte_size = _CHUNK
+  # By default all that is compressed stays in memory until the end.
+  saving.ocdbt_target_data_file_size = _FILE
+  # Nobody writes to the arrays while we wait for this.
+  context.memory.deepcopy_host_arrays = False
+  largest = max((x.nbytes for x in jax.tree.leaves(arrays)), default=0)
+  # Orbax refuses an array that is larger than what it may hold at a time.
+  room = max(_IN_FLIGHT, largest + 1)
+  context.memory.write_concurrent_bytes = room
+  context.memory.transfer_concurrent_bytes = room
+  return context
+
+
 def _probe(path: str) -> None:
   """Raises OSError if a folder cannot be created where `path` will be.
 
@@ -90,7 +117,7 @@ def _probe(path: str) -> None:
   """
   folder, name = os.path.split(path)
   os.makedirs(folder, exist_ok=True)
-  probe = os.path.join(folder, f"{TEMPORARY}{name}")
+  probe = os.path.join(folder, f"{TEMPORARY}{processes.index()}-{name}")
   os.mkdir(probe)
   os.rmdir(probe)
 

@@ -1,9 +1,16 @@
 """Writing leaves: what is new, how it is best held, and where it goes.
 
 Only leaves that are stored nowhere are written. A leaf whose parent version
-has the same dtype and shape is held as a difference to it where that is
-measured to be smaller. What is small in all goes into one blob, everything
-else into one checkpoint.
+has the same dtype and shape is held as a difference where that is measured to
+be smaller: to the parent, or to what the parent itself differs from, so that
+reading does not have to undo one costly difference after another. What is
+small in all goes into one blob, everything else into checkpoints: those of
+whole leaves get the arrays themselves, differences are computed and written
+in groups, so that no more than a group is held beside the value.
+
+In several processes `write` is called by all of them together. Each encodes
+and writes its own shards; what all must know (which leaves are new, which
+base, which encoding) is decided once.
 """
 
 from __future__ import annotations
@@ -12,15 +19,24 @@ import dataclasses
 import functools
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from patchjax.history import blobs, encodings, known, payloads
+from patchjax.history import (
+  blobs,
+  digesting,
+  encodings,
+  known,
+  payloads,
+  processes,
+  spreading,
+)
 from patchjax.history import index as indices
 from patchjax.history.files import Files
-from patchjax.history.index import Index, Location
+from patchjax.history.index import INDEX, Index, Location
+from patchjax.history.parts import parts_of
 from patchjax.history.reading import LeafReader
 from patchjax.history.threads import each
 from patchjax.trees import dtypes
@@ -36,17 +52,64 @@ from patchjax.trees.errors import (
 # bytes, so that who opens it with Orbax finds them all.
 _REPEATED = 64 * 1024
 
+_GROUP = 128 << 20
+"""Bytes of leaves that are encoded at a time."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
+  """A leaf to store, and the leaf that it may be a difference to."""
+
   name: str
   entry: Entry
-  value: Any  # None: stored already, and not read
+  value: Any
+  tiles: str | None
+  base: Location | None = None
+
+  @property
+  def nbytes(self) -> int:
+    return self.entry.size * dtypes.itemsize(self.entry.dtype)
 
   @functools.cached_property
-  def words(self) -> np.ndarray:
-    """The bits; not fetched from a device before they are needed."""
-    return dtypes.host(self.value)[0]
+  def spread(self) -> bool:
+    """Whether no process holds all of it."""
+    return not (
+      digesting.is_local(self.value) or self.value.sharding.is_fully_replicated
+    )
+
+  def place(self, encoding: str) -> Location:
+    """Returns where it will be, in a pack to be named."""
+    of, depth = None, 0
+    if encodings.ENCODINGS[encoding].delta:
+      assert self.base is not None
+      of, depth = self.base.digest, self.base.depth + 1
+    return Location(
+      self.entry.digest, "", self.name, encoding, of, depth, self.tiles
+    )
+
+
+@dataclasses.dataclass
+class _Pack:
+  """What goes into one payload or blob."""
+
+  places: list[Location] = dataclasses.field(default_factory=list)
+  arrays: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  words: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  def add(self, leaf: _Leaf, encoding: str, arrays: Mapping[str, Any]) -> None:
+    """Adds a leaf and the arrays that hold it."""
+    self.places.append(leaf.place(encoding))
+    for part, array in arrays.items():
+      self.arrays[encodings.key_of(leaf.name, part)] = array
+    if encoding == encodings.WORDS.name:
+      self.words[leaf.name] = leaf.entry.dtype
+
+  def merge(self, other: _Pack) -> None:
+    """Adds all of another pack."""
+    self.places += other.places
+    self.arrays |= other.arrays
+    self.words |= other.words
 
 
 class LeafWriter:
@@ -77,111 +140,246 @@ class LeafWriter:
       DtypeError: lists every leaf that is no array that JAX can hold.
       RepositoryError: if the disk is full or cannot be written.
     """
-    leaves = _describe(named, parent)
-    entries = {leaf.name: leaf.entry for leaf in leaves}
-    self.index.refresh()
-    # Zero-size leaves live in the tree object alone.
-    held = [leaf for leaf in leaves if leaf.entry.size]
-    places = self.index.find({leaf.entry.digest for leaf in held})
-    new = {
-      leaf.entry.digest: leaf
-      for leaf in reversed(held)
-      if leaf.value is not None and not places[leaf.entry.digest]
+    named = processes.together(lambda: _checked(named))
+    values = {k: x for k, x in named.items() if not isinstance(x, Entry)}
+    found = digesting.digest(values, parent)
+    entries = {
+      name: found[name].entry if name in found else x
+      for name, x in named.items()
     }
+    # Zero-size leaves live in the tree object alone.
+    held = {name: e.digest for name, e in entries.items() if e.size}
+    stored = set(processes.first(lambda: self._stored(held.values())))
+    new: dict[str, str] = {}  # digest -> first name
+    for name, digest in held.items():
+      if name in values and digest not in stored:
+        new.setdefault(digest, name)
     if new:
-      self._store(leaves, dict(reversed(new.items())), parent)
+      unknown = {
+        name: values[name] for name in new.values() if found[name].tiles is None
+      }
+      # Known without hashing, and yet not in this repository.
+      found |= digesting.with_tiles(unknown, entries)
+      leaves = [
+        _Leaf(name, entries[name], values[name], found[name].tiles)
+        for name in new.values()
+      ]
+      repeated = (
+        {} if parent else {k: v for k, v in held.items() if k in values}
+      )
+      self._store(self._based(leaves, parent), repeated)
     return entries
 
-  def _store(
-    self,
-    leaves: list[_Leaf],
-    new: Mapping[str, _Leaf],
-    parent: Mapping[str, Entry],
-  ) -> None:
-    bases = self._bases(new, parent)
-    jobs = [(leaf, bases.get(leaf.name)) for leaf in new.values()]
-    arrays: dict[str, np.ndarray] = {}
-    places: dict[str, Location] = {}
-    # numpy and zstd work outside the interpreter's lock.
-    for place, parts in each(_encode, jobs):
-      for part, array in parts.items():
-        arrays[encodings.key_of(place.key, part)] = array
-      places[place.digest] = place
-    spelled = indices.spell(places.values())
-    blob = blobs.pack(arrays, spelled)
-    if blob is not None:
-      self.files.write(f"blobs/{blobs.name_of(blob)}", blob)
-      return
-    metadata = {
-      "format": "patchjax payload 1",
-      "words": {
-        loc.key: new[digest].entry.dtype
-        for digest, loc in places.items()
-        if loc.encoding == encodings.WORDS.name
-      },
-      "planes": [
-        loc.key
-        for loc in places.values()
-        if encodings.ENCODINGS[loc.encoding].delta
-      ],
-      "aliases": {},
-    }
-    if not parent:
-      metadata["aliases"] = _repeat(leaves, new, arrays)
-    pack = f"payloads/{uuid.uuid4().hex}"
-    payloads.save(self.files.path(pack), arrays, metadata=metadata)
-    indices.write(self.files, pack, spelled)
+  def _stored(self, digests: Iterable[str]) -> list[str]:
+    """Returns which leaves are stored, and keeps them from a `gc`."""
+    self.index.refresh()
+    places = self.index.find(digests)
+    packs = {place.pack for found in places.values() for place in found}
+    fresh = {pack for pack in packs if self._freshened(pack)}
+    return [
+      digest
+      for digest, found in places.items()
+      if any(place.pack in fresh for place in found)
+    ]
 
-  def _bases(
-    self, new: Mapping[str, _Leaf], parent: Mapping[str, Entry]
-  ) -> dict[str, tuple[np.ndarray, Location]]:
-    """Returns the bits and places of the leaves worth a difference."""
-    candidates = {}
-    for leaf in new.values():
-      old = parent.get(leaf.name)
-      if (
-        old is not None
+  def _freshened(self, pack: str) -> bool:
+    key = pack if pack.startswith("blobs/") else f"{pack}/{INDEX}"
+    # What belongs to another user cannot be freshened: it is there, at least.
+    return self.files.freshen(key) or self.files.exists(key)
+
+  def _based(
+    self, leaves: Sequence[_Leaf], parent: Mapping[str, Entry]
+  ) -> list[_Leaf]:
+    """Adds to each leaf the base that it may be a difference to."""
+
+    def decide() -> dict[str, Any]:
+      wanted = {
+        leaf.name: old.digest
+        for leaf in leaves
+        if (old := parent.get(leaf.name)) is not None
         and (old.dtype, old.shape) == (leaf.entry.dtype, leaf.entry.shape)
-        and leaf.words.nbytes >= encodings.SMALLEST
-      ):
-        candidates[leaf.name] = old
-    found = self.index.find({old.digest for old in candidates.values()})
-    places = {
-      name: found[old.digest][0]
-      for name, old in candidates.items()
-      if found[old.digest] and found[old.digest][0].depth < encodings.MAX_DEPTH
-    }
-    words = {name: known.words_of(places[name].digest) for name in places}
-    absent = {name: parent[name] for name in words if words[name] is None}
+        and leaf.nbytes >= encodings.SMALLEST
+      }
+      bases = {}
+      for name, digest in wanted.items():
+        place = self._base(digest)
+        if place is not None and place.depth < encodings.MAX_DEPTH:
+          bases[name] = dataclasses.asdict(place) | {"tiles": None}
+      return bases
+
+    bases = processes.first(decide) if parent else {}
+    return [
+      dataclasses.replace(leaf, base=Location(**bases[leaf.name]))
+      if leaf.name in bases
+      else leaf
+      for leaf in leaves
+    ]
+
+  def _base(self, digest: str) -> Location | None:
+    """Returns the parent's place, or that of what it differs from."""
+    while True:
+      found = self.index.find([digest])[digest]
+      if not found:
+        return None
+      place = found[0]
+      encoding = encodings.ENCODINGS.get(place.encoding)
+      if place.base is None or encoding is None or not encoding.heavy:
+        return place
+      digest = place.base
+
+  def _store(
+    self, leaves: Sequence[_Leaf], repeated: Mapping[str, str]
+  ) -> None:
+    # The last one: whole leaves, and what differences are left.
+    pack, differences = _Pack(), _Pack()
+    size = 0
+    for group in _groups([leaf for leaf in leaves if leaf.base is not None]):
+      for leaf, (name, arrays) in zip(group, self._encoded(group)):
+        if encodings.ENCODINGS[name].delta:
+          differences.add(leaf, name, arrays)
+          size += sum(array.nbytes for array in arrays.values())
+        else:
+          pack.add(leaf, name, _whole(leaf))
+      if size >= _GROUP:
+        self._save(differences, {})
+        differences, size = _Pack(), 0
+    for leaf in leaves:
+      if leaf.base is None:
+        name = encodings.plain_encoding(leaf.entry.dtype)
+        pack.add(leaf, name, _whole(leaf))
+    pack.merge(differences)
+    if pack.places:
+      self._save(pack, repeated)
+
+  def _encoded(
+    self, group: Sequence[_Leaf]
+  ) -> list[tuple[str, dict[str, Any]]]:
+    """Returns how each leaf of a group is held, and its arrays."""
+    whole = [leaf for leaf in group if not leaf.spread]
+    spread = [leaf for leaf in group if leaf.spread]
+
+    def encode() -> dict[str, tuple[str, dict[str, Any]]]:
+      bases = self._bases(whole)
+      work = each(
+        lambda leaf: encodings.choose(
+          parts_of(leaf.value).words(), bases.get(leaf.name), leaf.entry
+        ),
+        whole,
+      )
+      return {leaf.name: found for leaf, found in zip(whole, work)}
+
+    # The words are equal everywhere, and so is what is chosen for them.
+    found = processes.together(encode)
+    for leaf in spread:
+      assert leaf.base is not None
+      found[leaf.name] = spreading.encode(
+        leaf.value, leaf.entry, leaf.base.digest, self.reader
+      )
+    return [found[leaf.name] for leaf in group]
+
+  def _bases(self, leaves: Sequence[_Leaf]) -> dict[str, np.ndarray]:
+    """Returns the words of the bases that can be read."""
+    bases: dict[str, np.ndarray] = {}
+    absent: dict[str, Entry] = {}
+    for leaf in leaves:
+      assert leaf.base is not None
+      digest = leaf.base.digest
+      old = known.parts_of(digest)
+      if old is not None and old.is_whole:
+        bases[leaf.name] = old.words()
+      else:
+        absent[leaf.name] = Entry(digest, leaf.entry.dtype, leaf.entry.shape)
     try:
-      words |= self.reader.read(absent) if absent else {}
+      return bases | (self.reader.read(absent) if absent else {})
     except IntegrityError:
       # A damaged parent must not stand in the way of committing a good value:
       # what has no base in memory is stored whole.
-      pass
-    return {
-      name: (bits, places[name])
-      for name, bits in words.items()
-      if bits is not None
+      return bases
+
+  def _save(self, pack: _Pack, repeated: Mapping[str, str]) -> None:
+    """Writes a pack and its index; repeats equal leaves under their names."""
+    spelled = indices.spell(pack.places)
+    if self._save_blob(pack, spelled):
+      return
+    key_of = {place.digest: place.key for place in pack.places}
+    arrays, aliases = dict(pack.arrays), {}
+    for name, digest in repeated.items():
+      first = key_of.get(digest)
+      if first is None or name in arrays:
+        continue
+      if arrays[first].nbytes <= _REPEATED:
+        arrays[name] = arrays[first]
+      else:
+        aliases[name] = first
+    metadata = {
+      "format": "patchjax payload 1",
+      "words": pack.words,
+      "planes": [
+        place.key
+        for place in pack.places
+        if encodings.ENCODINGS[place.encoding].delta
+      ],
+      "aliases": aliases,
     }
+    name = processes.first(lambda: f"payloads/{uuid.uuid4().hex}")
+    payloads.save(self.files.path(name), arrays, metadata=metadata)
+    processes.first(lambda: indices.write(self.files, name, spelled))
+
+  def _save_blob(self, pack: _Pack, spelled: dict[str, Any]) -> bool:
+    """Writes a small pack as a blob; returns whether it is one."""
+    arrays = pack.arrays.values()
+    if sum(array.nbytes for array in arrays) > blobs.TRY:
+      return False
+    if not all(
+      isinstance(x, np.ndarray) or x.is_fully_addressable for x in arrays
+    ):
+      return False
+
+    def write() -> bool:
+      host = {
+        key: x if isinstance(x, np.ndarray) else np.asarray(x)
+        for key, x in pack.arrays.items()
+      }
+      blob = blobs.pack(host, spelled)
+      if blob is not None:
+        self.files.write(f"blobs/{blobs.name_of(blob)}", blob)
+      return blob is not None
+
+    return processes.first(write)
 
 
-def _encode(
-  job: tuple[_Leaf, tuple[np.ndarray, Location] | None],
-) -> tuple[Location, dict[str, np.ndarray]]:
-  """Returns how one leaf is stored (in a pack to be named), and its arrays."""
-  leaf, base = job
-  bits = None if base is None else base[0]
-  name, parts = encodings.choose(leaf.words, bits, leaf.entry)
-  of, depth = None, 0
-  if base is not None and encodings.ENCODINGS[name].delta:
-    of, depth = base[1].digest, base[1].depth + 1
-  return Location(leaf.entry.digest, "", leaf.name, name, of, depth), parts
+def _whole(leaf: _Leaf) -> dict[str, Any]:
+  """Returns the array of a leaf that is stored by itself."""
+  import jax
+
+  x = leaf.value
+  dense = encodings.plain_encoding(leaf.entry.dtype) == encodings.DENSE.name
+  if leaf.spread:
+    return {"": x if dense else spreading.words(x, leaf.entry)}
+  if dense and isinstance(x, jax.Array) and leaf.nbytes > blobs.LARGEST:
+    devices = x.sharding.device_set
+    if len(devices) > 1 or next(iter(devices)).platform != "cpu":
+      return {"": x}  # Orbax takes it shard by shard
+  words = parts_of(x).words()
+  return {"": encodings.to_stored(words, leaf.entry.dtype)}
 
 
-def _describe(
-  named: Mapping[str, Any], parent: Mapping[str, Entry]
-) -> list[_Leaf]:
+def _groups(leaves: Sequence[_Leaf]) -> Iterator[list[_Leaf]]:
+  """Yields leaves in groups of a bounded number of bytes."""
+  group: list[_Leaf] = []
+  size = 0
+  for leaf in leaves:
+    if group and size + leaf.nbytes > _GROUP:
+      yield group
+      group, size = [], 0
+    group.append(leaf)
+    size += leaf.nbytes
+  if group:
+    yield group
+
+
+def _checked(named: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the leaves that are stored, once all of them can be."""
   named = _arrays(named)
   if not named:
     raise StructureError(
@@ -189,16 +387,12 @@ def _describe(
       "committed"
     )
   bad = []
-  leaves = []
   for name, x in named.items():
     if isinstance(x, Entry):
-      leaves.append(_Leaf(name, x, None))
       continue
     try:
       _check(name, x)
       dtypes.dtype_name(x)
-      if not bad:  # with a bad leaf nothing is hashed any more
-        leaves.append(_Leaf(name, known.entry_of(x, parent.get(name)), x))
     except PatchjaxError as error:
       bad.append(f"  {name}: {error}")
   if bad:
@@ -206,7 +400,7 @@ def _describe(
       f"{len(bad)} leaf/leaves cannot be committed; nothing was:\n"
       + "\n".join(bad)
     )
-  return leaves
+  return named
 
 
 def _arrays(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,7 +415,7 @@ def _arrays(named: Mapping[str, Any]) -> dict[str, Any]:
     warnings.warn(
       f"{len(data)} leaf/leaves are no arrays and are not stored: {listed}; "
       "make them arrays (numpy.asarray) to have them stored",
-      stacklevel=6,
+      stacklevel=8,
     )
   return {name: leaf for name, leaf in named.items() if dtypes.is_array(leaf)}
 
@@ -245,26 +439,8 @@ def _check(name: str, x: Any) -> None:
       raise DtypeError(
         "the array was deleted or donated; commit before donating it"
       )
-    if not x.is_fully_addressable:
+    if not x.is_fully_addressable and processes.count() == 1:
       raise DtypeError(
-        "the array is spread over several processes; gather it to this one "
-        "(jax.experimental.multihost_utils.process_allgather) first"
+        "the array is spread over several processes, of which JAX no longer "
+        "knows; commit before jax.distributed.shutdown()"
       )
-
-
-def _repeat(
-  leaves: list[_Leaf],
-  new: Mapping[str, _Leaf],
-  arrays: dict[str, np.ndarray],
-) -> dict[str, str]:
-  """Adds equal leaves under their own names; returns aliases of large ones."""
-  aliases = {}
-  for leaf in leaves:
-    first = new.get(leaf.entry.digest)
-    if first is None or leaf.value is None or leaf.name in arrays:
-      continue
-    if leaf.words.nbytes <= _REPEATED:
-      arrays[leaf.name] = arrays[first.name]
-    else:
-      aliases[leaf.name] = first.name
-  return aliases

@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,16 +104,26 @@ def tile_digests(
       default all of the leaf.
   """
   held = tiles.whole(shape) if region is None else region
-  itemsize = tiles.itemsize_of(words, held)
-  grid = tiles.grid(shape, itemsize)
+  grid = tiles.grid(shape, tiles.itemsize_of(words, held))
   which = range(len(grid)) if numbers is None else numbers
+  return hash_tiles(
+    lambda tile: words[tiles.within(tile, held)], [grid[i] for i in which]
+  )
 
-  def hash_tile(number: int) -> bytes:
-    return tile_digest(words[tiles.within(grid[number], held)])
 
-  if len(which) > 1 and words.nbytes > tiles.LARGEST:
-    return list(_pool(os.getpid()).map(hash_tile, which))
-  return [hash_tile(number) for number in which]
+def hash_tiles(
+  read: Callable[[tiles.Region], np.ndarray], regions: Sequence[tiles.Region]
+) -> list[bytes]:
+  """Returns the digests of tiles, read and hashed in threads.
+
+  Args:
+    read: returns the words of a tile.
+    regions: the tiles.
+  """
+  if len(regions) < 2:
+    return [tile_digest(read(tile)) for tile in regions]
+  work = _pool(os.getpid()).map(lambda tile: tile_digest(read(tile)), regions)
+  return list(work)
 
 
 def tile_digest(words: np.ndarray) -> bytes:

@@ -1,0 +1,149 @@
+"""Encoding leaves that are spread over processes, shard by shard.
+
+What an elementwise encoding makes of a shard is put where the shard is: the
+encoded array has the sharding of its leaf, and each process writes its own.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from patchjax.history import encodings, known, processes
+from patchjax.history.parts import parts_of
+from patchjax.history.reading import LeafReader
+from patchjax.trees import dtypes, tiles
+from patchjax.trees.digest import Entry
+from patchjax.trees.errors import IntegrityError
+from patchjax.trees.tiles import Region
+
+_SAMPLE = 1 << 16  # elements of a shard that are measured
+
+
+def words(value: Any, entry: Entry) -> Any:
+  """Returns the words of a leaf as an array with its sharding.
+
+  Args:
+    value: the leaf.
+    entry: its dtype and shape.
+  """
+  found = processes.together(
+    lambda: [(part.region, part.fetch()) for part in parts_of(value).parts]
+  )
+  return _joined(value, entry, found)
+
+
+def encode(
+  value: Any, entry: Entry, base: str, reader: LeafReader
+) -> tuple[str, dict[str, Any]]:
+  """Returns how a leaf is held, and its array.
+
+  Which encoding is smallest is measured by each process on its own shards;
+  the most bytes decide.
+
+  Args:
+    value: the leaf.
+    entry: its digest, dtype and shape.
+    base: digest of the leaf that it may be a difference to.
+    reader: reads the base, where no array of it is in memory.
+  """
+  import jax
+
+  plain = encodings.plain_encoding(entry.dtype), {"": value}
+  sharding = value.sharding
+  if dtypes.is_key(value) or not isinstance(
+    sharding, jax.sharding.NamedSharding
+  ):
+    return plain
+  held = parts_of(value).parts
+  bases: list[np.ndarray] = []
+
+  def look() -> bytes:
+    bases.extend(_bases(base, entry, [part.region for part in held], reader))
+    votes = collections.Counter[str]()
+    for part, old in zip(held, bases):
+      votes[_choice(part.fetch(), old, entry)] += tiles.size_of(part.region)
+    return json.dumps(votes).encode()
+
+  try:
+    said = processes.share(look)
+  except IntegrityError:
+    return plain  # a damaged base must not stand in the way
+  votes = collections.Counter[str]()
+  for text in said:
+    votes.update(json.loads(text))
+  name = max(sorted(votes), key=lambda name: votes[name])
+  encoding = encodings.ENCODINGS[name]
+  if not encoding.delta:
+    return plain
+
+  def make() -> list[tuple[Region, np.ndarray]]:
+    found = []
+    for part, old in zip(held, bases):
+      shard = Entry(entry.digest, entry.dtype, tiles.shape_of(part.region))
+      found.append((part.region, encoding.encode(part.fetch(), old, shard)[""]))
+    return found
+
+  return name, {"": _joined(value, entry, processes.together(make))}
+
+
+def _bases(
+  base: str, entry: Entry, regions: Sequence[Region], reader: LeafReader
+) -> list[np.ndarray]:
+  old = known.parts_of(base)
+  if old is not None:
+    try:
+      return [old.read(region) for region in regions]
+    except ValueError:
+      pass  # it lies in other processes, in another sharding
+  below = Entry(base, entry.dtype, entry.shape)
+  return reader.read_regions([("the base", below, r) for r in regions])
+
+
+def _choice(new: np.ndarray, old: np.ndarray, entry: Entry) -> str:
+  """Returns the encoding that is smallest for a sample of a shard."""
+  axes = len(entry.shape)
+  new = new.reshape(-1, *new.shape[axes:])
+  old = old.reshape(-1, *old.shape[axes:])
+  start = max(len(new) - _SAMPLE, 0) // 2
+  sample = slice(start, start + _SAMPLE)
+  few = Entry(entry.digest, entry.dtype, (len(new[sample]),))
+  return encodings.choose(new[sample], old[sample], few, elementwise=True)[0]
+
+
+def _joined(
+  value: Any, entry: Entry, parts: Sequence[tuple[Region, np.ndarray]]
+) -> Any:
+  """Returns encoded shards as one array with the sharding of their leaf."""
+  import jax
+
+  inner = encodings.words_shape(entry.dtype, entry.shape)[len(entry.shape) :]
+  lead = parts[0][1].shape[: parts[0][1].ndim - len(entry.shape) - len(inner)]
+  sharding = value.sharding
+  if lead or inner:
+    spec = [*sharding.spec] + [None] * (value.ndim - len(sharding.spec))
+    spec = jax.sharding.PartitionSpec(
+      *[None] * len(lead), *spec, *[None] * len(inner)
+    )
+    sharding = jax.sharding.NamedSharding(
+      sharding.mesh, spec, memory_kind=sharding.memory_kind
+    )
+  found = {_bounds(region): array for region, array in parts}
+  arrays = []
+  for shard in value.addressable_shards:
+    where = jax.sharding.SingleDeviceSharding(
+      shard.device, memory_kind=sharding.memory_kind
+    )
+    data = found[_bounds(tiles.region_of(shard.index, entry.shape))]
+    arrays.append(jax.device_put(data, where))
+  return jax.make_array_from_single_device_arrays(
+    (*lead, *entry.shape, *inner), sharding, arrays, dtype=parts[0][1].dtype
+  )
+
+
+def _bounds(region: Region) -> tuple[tuple[int, int], ...]:
+  return tuple((s.start, s.stop) for s in region)
