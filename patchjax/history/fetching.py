@@ -84,8 +84,8 @@ def fetch(
     only: regexes; fetches only leaves one of them matches as a whole, of every
       version that is fetched or was before. Later fetches from this remote
       keep to it. In a clone that is partial already it adds to what is there.
-    depth: fetches at most so many commits back from each branch; where the
-      history ends is written down, and `log` says so.
+    depth: fetches only commits that are at most so many back from some
+      branch; where the history ends is written down, and `log` says so.
     complete: fetches all that `only` and `depth` left out so far.
     prune: forgets branches that the remote does not have any more.
     verify: computes the digest of each fetched leaf at once, rather than when

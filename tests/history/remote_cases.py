@@ -1,0 +1,120 @@
+"""What the tests of remotes share: repositories, buckets, counted copies."""
+
+import contextlib
+import pathlib
+import subprocess
+import sys
+import urllib.request
+
+import numpy as np
+
+from patchjax.history import Repo
+from patchjax.history.files import is_temporary
+
+LARGE = (150, 200)  # 120 kB of noise: a payload of its own, and no blob
+
+_SERVER = """
+import logging, sys
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication
+from moto.server import ThreadedMotoServer
+
+if "careless" in sys.argv:
+  # A store that speaks S3, and ignores conditions.
+  real = DomainDispatcherApplication.__call__
+
+  def call(self, environ, start_response):
+    if environ["REQUEST_METHOD"] == "PUT":
+      for name in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"):
+        environ.pop(name, None)
+    return real(self, environ, start_response)
+
+  DomainDispatcherApplication.__call__ = call
+
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def s3_server(*options):
+  """Yields the endpoint of a fake S3 with one bucket, on loopback."""
+  process = subprocess.Popen(
+    [sys.executable, "-W", "ignore", "-c", _SERVER, *options],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    endpoint = f"http://127.0.0.1:{process.stdout.readline().strip()}"
+    request = urllib.request.Request(f"{endpoint}/bucket", method="PUT")
+    urllib.request.urlopen(request).close()
+    yield endpoint
+  finally:
+    process.stdin.close()
+    process.stdout.close()
+    process.wait()
+
+
+def value(seed=0, leaves=3):
+  """Returns leaves of noise, and small ones."""
+  rng = np.random.default_rng(seed)
+  return {
+    f"layer{i}": {
+      "kernel": rng.standard_normal(LARGE).astype(np.float32),
+      "bias": rng.standard_normal(4).astype(np.float32),
+    }
+    for i in range(leaves)
+  }
+
+
+def tuned(old, leaf, seed=1):
+  """Returns a value of which one leaf has changed a little."""
+  rng = np.random.default_rng(seed)
+  noise = rng.standard_normal(LARGE).astype(np.float32)
+  kernel = old[leaf]["kernel"] * (1 + np.float32(1e-3) * noise)
+  return {**old, leaf: {**old[leaf], "kernel": kernel}}
+
+
+def history(path, commits=4):
+  """Returns a repository with chains of differences, a branch, a tag, a note.
+
+  Besides main~2, `dev` has a commit of its own.
+  """
+  repo = Repo.init(path)
+  x = value()
+  repo.commit(x, message="step 0")
+  for i in range(1, commits):
+    x = tuned(x, f"layer{i % 2}", i)
+    repo.commit(x, message=f"step {i}")
+  repo.branch("dev", "main~2")
+  repo.commit(tuned(x, "layer2", 99), message="try", branch="dev")
+  repo.tag("v1", "main~1")
+  repo.annotate("main", "verdict", {"accepted": True})
+  return repo
+
+
+def same(a, b, ref="main", there=None):
+  """Whether two repositories have one value at a ref, to the bit."""
+  return a.show(ref).id == b.show(there or ref).id and equal(
+    a.checkout(ref), b.checkout(there or ref)
+  )
+
+
+def equal(a, b):
+  """Whether two nested dicts hold the same bits."""
+  if isinstance(a, dict):
+    return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+  return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def bytes_of(repo):
+  """Returns the bytes of the whole immutable files of a local repository."""
+  return sum(
+    path.stat().st_size
+    for folder in ("objects", "payloads", "blobs")
+    for path in pathlib.Path(repo.path, folder).rglob("*")
+    if path.is_file() and not is_temporary(path.name)
+  )
