@@ -82,7 +82,7 @@ def test_death_at_every_storage_operation(monkeypatch):
   disk = types.SimpleNamespace(**vars(os))
   monkeypatch.setattr(files, "os", disk)
   operations = [(disk, name) for name in ("makedirs", "fsync", "replace")]
-  operations += [(files.Files, "swap"), (payloads, "save")]
+  operations += [(files.LocalFiles, "swap"), (payloads, "save")]
   for step in (3, 4):  # a checkpoint, a blob
     with Repo.temporary() as repo:
       first = repo.commit(writer.value_of("a", 0), message="first")
