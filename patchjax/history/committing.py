@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchjax.history import graph, layout, reflog
+from patchjax.history import graph, layout, processes, reflog
 from patchjax.history.objects import commit_bytes, id_of
 from patchjax.history.refs import HEADS, check_name
 from patchjax.trees.digest import Entry, tree_objects
@@ -108,24 +108,28 @@ def record(
   if branch is not None:
     check_name(branch)
   check_message(message)
-  for parent in parents:
-    repo.objects.freshen(parent)
+  processes.together(
+    lambda: [repo.objects.freshen(parent) for parent in parents]
+  )
   # The order matters: what a ref can reach is written before the ref.
   entries = repo.writer.write(named, old)
-  return land(
-    repo,
-    entries,
-    old,
-    branch=branch,
-    expected=expected,
-    parents=parents,
-    message=message,
-    author=author,
-    time=time,
-    recipe=recipe,
-    patch=patch,
-    verb=verb,
-    retry=retry,
+  # Of several processes the first one moves the branch, and tells the others.
+  return processes.first(
+    lambda: land(
+      repo,
+      entries,
+      old,
+      branch=branch,
+      expected=expected,
+      parents=parents,
+      message=message,
+      author=author,
+      time=time,
+      recipe=recipe,
+      patch=patch,
+      verb=verb,
+      retry=retry,
+    )
   )
 
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  import numpy as np
-
   from patchjax.history.reading import LeafReader
   from patchjax.history.repo import Repo
   from patchjax.trees.digest import Entry

@@ -180,6 +180,11 @@ class Repo:
     creates its branch; other branches are created by `branch`, or by naming
     `parents`.
 
+    With `jax.distributed`, all processes call it together with the same
+    value, on a folder that all of them see: each writes its own shards of
+    global arrays, process 0 records the commit, all return its id. What goes
+    wrong in one is raised in all.
+
     Args:
       value: a pytree of arrays of any dtype of JAX (numpy arrays included),
         Python numbers and `Record`s (functions and texts are left out), or a
@@ -228,22 +233,24 @@ class Repo:
       ...   repo.checkout(second)["w"].tolist()
       [1.0, 4.0]
     """
-    from patchjax.history import committing, proposals, state
+    from patchjax.history import committing, processes, proposals, state
     from patchjax.trees.names import named_leaves
 
     if on is not None and parents is not None:
       raise RepositoryError("commit: give `on` or `parents`, not both")
-    ids, expected = committing.parents_of(
-      self, branch, [on] if on else parents, retry=retry
+    first = [on] if on else parents
+    ids, expected = processes.first(
+      lambda: committing.parents_of(self, branch, first, retry=retry)
     )
-    old = self.tree(ids[0]) if ids else {}
+    ids = tuple(ids)
+    old = processes.together(lambda: self.tree(ids[0]) if ids else {})
     patch_id = None
     if proposals.is_patch(value):
-      named, patch_id = proposals.materialise(
-        self, value, ids, old, any_base=any_base
+      named, patch_id = processes.together(
+        lambda: proposals.materialise(self, value, ids, old, any_base=any_base)
       )
     else:
-      named = state.arrays(named_leaves(value))
+      named = processes.together(lambda: state.arrays(named_leaves(value)))
     return committing.record(
       self,
       named,

@@ -179,7 +179,7 @@ def _read_shards(
       where = jax.sharding.SingleDeviceSharding(device, memory_kind=memory)
       arrays.append(jax.device_put(stored(part, entry), where))
     # The dtype of no array at all: a process may have none of the devices.
-    dtype = arrays[0].dtype if arrays else _dtype_of(entry)
+    dtype = arrays[0].dtype if arrays else dtype_of(entry)
     placed[name] = jax.make_array_from_single_device_arrays(
       entry.shape, plan.sharding, arrays, dtype=dtype
     )
@@ -187,7 +187,12 @@ def _read_shards(
   return placed
 
 
-def _dtype_of(entry: Entry) -> Any:
+def dtype_of(entry: Entry) -> Any:
+  """Returns the dtype of a leaf: numpy's, or JAX's own for PRNG keys.
+
+  Args:
+    entry: the leaf.
+  """
   return stored(empty(Entry(entry.digest, entry.dtype, (0,))), entry).dtype
 
 

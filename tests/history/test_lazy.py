@@ -1,4 +1,4 @@
-"""Lazy leaves: sliced like numpy arrays, verified, only what is asked is read."""
+"""Lazy leaves: sliced like numpy arrays, verified, and not read in vain."""
 
 import jax
 import numpy as np
