@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from patchjax.history import (
+  bisecting,
   blaming,
   branching,
   collecting,
@@ -400,6 +401,7 @@ class Repo:
   revert = reverting.revert
   cherry_pick = rebasing.cherry_pick
   rebase = rebasing.rebase
+  bisect = bisecting.bisect
   open = lazy.open_lazily
   patch_of = proposals.patch_of
   fsck = check
