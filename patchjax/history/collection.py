@@ -11,6 +11,7 @@ from patchjax.history import encodings, index, marking, superseding, sweeping
 from patchjax.history.collecting import GcReport, Progress, Removed
 from patchjax.history.objects import is_id, key_of
 from patchjax.history.refs import NOTES
+from patchjax.trees import dtypes
 from patchjax.trees.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -156,6 +157,8 @@ class Collection:
       self.damaged |= bad
       kept |= {place.pack for digest in bad for place in places[digest]}
       kept = superseding.needed(live, packs, places, kept)
+    # Leaves held as factors are read from patch files.
+    self.marks.extend(id_ for pack in kept for id_ in _objects_of(packs[pack]))
     return kept
 
   def _generations(self, packs: Iterable[str]) -> dict[str, int]:
@@ -173,7 +176,7 @@ class Collection:
     ordered = sorted(digests)
     for done, digest in enumerate(ordered, 1):
       entry = batch[digest] = self.marks.leaves[digest]
-      size += entry.size * encodings.word_of(entry.dtype).itemsize
+      size += entry.size * dtypes.itemsize(entry.dtype)
       if size >= _BATCH or done == len(ordered):
         self.progress("copies", done, len(ordered))
         bad |= self.repo.reader.verify(batch)[1].keys()
@@ -201,7 +204,8 @@ class Collection:
         holding[place.digest].add(pack)
     nodes = {
       pack: set().union(
-        *(holding[place.base] for place in places if place.base)
+        *(holding[place.base] for place in places if place.base),
+        map(key_of, _objects_of(places)),
       )
       for pack, places in unused.items()
     }
@@ -234,3 +238,9 @@ class Collection:
         return False  # in use again
     self.removed.append(item)
     return True
+
+
+def _objects_of(places: Iterable[Location]) -> set[str]:
+  """Returns the ids of the objects that leaves of a pack are read from."""
+  found = {encodings.object_of(place.encoding, place.key) for place in places}
+  return {id_ for id_ in found if id_ is not None}

@@ -9,9 +9,13 @@ and the next commit may rely on it.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from patchjax.history.index import Location
+from patchjax.history import encodings
+from patchjax.history.files import Files
+from patchjax.history.index import INDEX, Index, Location
+from patchjax.history.objects import key_of
 
 Places = Mapping[str, Sequence[Location]]
 
@@ -58,32 +62,102 @@ def needed(
   """
   found = set(kept)
   for digest in leaves:
-    found |= _chain(digest, places) or {
-      place.pack for place in places.get(digest, ())
-    }
+    found |= _packs(digest, places)
   stack = list(found)
   while stack:
     for place in packs.get(stack.pop(), ()):
       if place.base is not None:
-        below = _chain(place.base, places, place.depth) or {
-          other.pack for other in places.get(place.base, ())
-        }
+        below = _packs(place.base, places, place.depth)
         stack += below - found
         found |= below
   return found
 
 
-def _chain(
-  digest: str, places: Places, below: float = float("inf")
-) -> set[str] | None:
-  """Returns the packs that a leaf is read from; None if it cannot be."""
+def _packs(digest: str, places: Places, below: float = math.inf) -> set[str]:
+  read = chain(digest, places, below) or places.get(digest, ())
+  return {place.pack for place in read}
+
+
+def chains(
+  index: Index, digests: Iterable[str]
+) -> dict[str, list[Location] | None]:
+  """Returns where leaves are read from, bases included.
+
+  Args:
+    index: a combined index.
+    digests: digests of the leaves.
+
+  Returns:
+    `{digest: places}`; None for a leaf that is not stored, or whose base, or
+    the base of that, is not.
+  """
+  places: dict[str, list[Location]] = {}
+  level = wanted = set(digests)
+  while level:
+    found = index.find(level)
+    places |= found
+    bases = {p.base for each in found.values() for p in each if p.base}
+    level = bases - places.keys()
+  return {digest: chain(digest, places) for digest in wanted}
+
+
+def chain(
+  digest: str, places: Places, below: float = math.inf
+) -> list[Location] | None:
+  """Returns where a leaf is read from, down to one that is whole.
+
+  Args:
+    digest: digest of the leaf.
+    places: where it and its bases lie, the best place first.
+    below: how long its chain of differences must not be.
+
+  Returns:
+    The places; None if it cannot be read.
+  """
   for place in places.get(digest, ()):
     # Chains only go down, and readers rely on it.
     if place.depth >= below:
       continue
     if place.base is None:
-      return {place.pack}
-    rest = _chain(place.base, places, place.depth)
+      return [place]
+    rest = chain(place.base, places, place.depth)
     if rest is not None:
-      return {place.pack, *rest}
+      return [place, *rest]
   return None
+
+
+def claim(
+  files: Files,
+  index: Index,
+  digests: Iterable[str],
+  *,
+  safe: Collection[str] = (),
+) -> set[str]:
+  """Returns which leaves need not be written, and keeps them from a `gc`.
+
+  Args:
+    files: files of the repository.
+    index: its combined index, refreshed.
+    digests: digests of leaves that a commit is going to refer to.
+    safe: those that a version refers to which no `gc` takes.
+
+  Returns:
+    Leaves that are stored with all that they are differences to.
+  """
+  found = {d: places for d, places in chains(index, digests).items() if places}
+  keys = {d: _keys(places) for d, places in found.items()}
+  touched = set().union(*(keys[d] for d in keys.keys() - set(safe)))
+  # What belongs to another user cannot be freshened: it is there, at least.
+  gone = {k for k in touched if not files.freshen(k) and not files.exists(k)}
+  return {digest for digest in found if not keys[digest] & gone}
+
+
+def _keys(places: Iterable[Location]) -> set[str]:
+  """Returns the keys of the files by whose time a `gc` goes."""
+  found = set()
+  for place in places:
+    inside = place.pack.startswith("payloads/")
+    found.add(f"{place.pack}/{INDEX}" if inside else place.pack)
+    object_ = encodings.object_of(place.encoding, place.key)
+    found |= set() if object_ is None else {key_of(object_)}
+  return found
