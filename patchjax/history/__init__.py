@@ -14,6 +14,7 @@ if TYPE_CHECKING:
   from patchjax.history.objects import Commit as Commit
   from patchjax.history.repo import Repo as Repo
   from patchjax.history.state import Record as Record
+  from patchjax.history.training import Checkpointer as Checkpointer
 
 __getattr__, __dir__ = attach(
   __name__,
@@ -23,5 +24,6 @@ __getattr__, __dir__ = attach(
     "objects": "Commit",
     "repo": "Repo",
     "state": "Record",
+    "training": "Checkpointer",
   },
 )

@@ -84,16 +84,16 @@ def read_sharded(index: pathlib.Path) -> dict[str, np.ndarray]:
       f"{list_names(absent)}; get them, into the same folder"
     )
   arrays: dict[str, np.ndarray] = {}
-  bad = []
+  bad: set[str] = set()
   for name in shards:
     found, _ = read_safetensors(index.parent / name)
     wanted = {key for key, place in places.items() if place == name}
-    bad += sorted(wanted ^ found.keys())
+    bad |= wanted ^ found.keys()
     arrays.update(found)
   if bad:
     raise FormatError(
-      f"{index}: {len(bad)} keys are not where it says: {list_names(bad)}; "
-      "get index and shards of one model again"
+      f"{index}: {len(bad)} keys are not where it says: "
+      f"{list_names(sorted(bad))}; get index and shards of one model again"
     )
   return {key: arrays[key] for key in places}
 

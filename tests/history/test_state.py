@@ -1,8 +1,5 @@
 """Train state: everything that the next step depends on, in one commit."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,20 +22,14 @@ def same(a, b):
   return trainer.digest(a) == trainer.digest(b)
 
 
-def process(*arguments):
-  done = subprocess.run(
-    [sys.executable, "-m", "tests.history.trainer", *map(str, arguments)],
-    capture_output=True,
-    text=True,
-    cwd=pj.__path__[0] + "/..",
-  )
-  assert done.returncode == 0, done.stderr
-  return done.stdout.split()[-1]
-
-
-def test_a_run_goes_on_in_another_process_as_if_nothing_happened(tmp_path):
+def test_a_run_goes_on_in_another_process_as_if_nothing_happened(
+  tmp_path, tmp_path_factory
+):
   # Sharded parameters, masked adam with injected hyper-parameters, typed and
   # raw keys, a weak scale, a step and a shuffled iterator.
+  def process(*arguments):
+    return trainer.process(tmp_path_factory.getbasetemp(), *arguments)[-1]
+
   process("run", tmp_path / "a", 5)
   interrupted = process("resume", tmp_path / "a", 9)
   assert interrupted == process("run", tmp_path / "b", 9)

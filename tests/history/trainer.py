@@ -8,6 +8,8 @@ Prints the digest of the state it ends with.
 """
 
 import os
+import pathlib
+import subprocess
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,6 +22,30 @@ import optax
 import patchjax as pj
 from patchjax.history import Record, Repo
 from patchjax.history.state import arrays
+
+
+def begin(folder, *arguments):
+  """Starts a training process; programs compiled once are kept in a folder."""
+  return subprocess.Popen(
+    [sys.executable, "-m", "tests.history.trainer", *map(str, arguments)],
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[2],
+    env={
+      **os.environ,
+      "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    },
+  )
+
+
+def process(folder, *arguments):
+  """Returns the lines that a training process prints."""
+  running = begin(folder, *arguments)
+  printed, _ = running.communicate()
+  assert running.returncode == 0
+  return printed.splitlines()
 
 
 class Shuffled:

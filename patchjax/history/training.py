@@ -1,0 +1,425 @@
+"""Checkpoints of a training run, as versions: kept, dropped, resumed.
+
+Each saved step is a commit with a tag `steps/<branch>/<step>`, and the branch
+is at the newest. Which steps stay is decided anew at every save; a step that
+does not loses its tag, and `Repo.gc` takes what only it held.
+
+For that to be exact nothing that stays may follow, or be stored as a
+difference to, what goes. So a step's parent is not the step before it, but
+the last one that is kept for good (a multiple of `keep_every`), else the
+version that the branch was at when the run began:
+
+    base -- 1000 -- 2000 -- 3000        kept for good: the chain
+              \\       \\       \\
+               1700    2600    3100      kept for now: twigs; main is at 3100
+
+`log`, `diff` and `blame` of the branch follow the chain and its newest twig;
+any kept step is a version like all others (`steps/main/2600`). No commit is
+ever rewritten, so ids stay. Moves of these refs are not logged: a reflog
+would keep for 90 days what retention drops.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import datetime
+import math
+import operator
+import re
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from patchjax.history.refs import HEADS, TAGS, check_name
+from patchjax.trees.errors import (
+  ConflictError,
+  PatchjaxError,
+  RefNotFoundError,
+  RepositoryError,
+)
+
+if TYPE_CHECKING:
+  import types
+
+  from patchjax.history.objects import Commit
+  from patchjax.history.repo import Repo
+
+GRACE = datetime.timedelta(hours=1)
+
+_KIND = "training step"
+
+
+class Checkpointer:
+  """Commits the state of a training loop every so many steps.
+
+  What Orbax's `CheckpointManager` does, with a history: equal leaves are
+  stored once, every leaf is verified when it is read, and any step can be
+  compared, merged and released. Killed at any moment, it leaves whole steps
+  only; the next process starts at `latest_step`.
+
+  Attributes:
+    repo: the repository.
+    branch: the branch that is at the newest step.
+
+  Example:
+    >>> import numpy as np
+    >>> from patchjax.history import Repo
+    >>> with Repo.temporary() as repo:
+    ...   with Checkpointer(repo, every=10, keep_last=2) as saver:
+    ...     for step in range(1, 51):
+    ...       state = {"w": np.float32([step]), "step": step}
+    ...       saved = saver.save(step, state, metrics={"loss": 1 / step})
+    ...   saver.all_steps, saver.restore(state)["step"]
+    ((40, 50), 50)
+  """
+
+  def __init__(
+    self,
+    repo: Repo,
+    *,
+    branch: str = "main",
+    every: int = 1,
+    keep_last: int | None = None,
+    keep_every: int | None = None,
+    keep_best: tuple[str, Literal["min", "max"]] | None = None,
+    asynchronous: bool = True,
+    grace: datetime.timedelta | float = GRACE,
+    author: str | None = None,
+  ):
+    """Starts, or goes on with, the run of a branch.
+
+    A step is kept if any of the three rules keeps it; without rules all are.
+
+    Args:
+      repo: the repository.
+      branch: the branch to move; created by the first step. Runs that share a
+        repository have a branch each.
+      every: `save` stores steps that are multiples of this.
+      keep_last: how many of the newest steps to keep.
+      keep_every: keep steps that are multiples of this, for good.
+      keep_best: a metric, and whether "min" or "max" is better: keep the step
+        where it is best.
+      asynchronous: store in the background. `save` returns when the values
+        are safe from the loop; errors are raised by the next call.
+      grace: see `Repo.gc`, which runs after a step is dropped. What was
+        dropped takes space for this long; 0 gives it back at once, and is for
+        a repository that nobody else writes to in the meantime.
+      author: by whom; by default as for `Repo.commit`.
+
+    Raises:
+      ValueError: if a number is not positive, or a rule is none.
+    """
+    check_name(branch)
+    for name, number in (
+      ("every", every),
+      ("keep_last", keep_last),
+      ("keep_every", keep_every),
+    ):
+      if number is not None and (not isinstance(number, int) or number < 1):
+        raise ValueError(
+          f"{name}={number!r}: expected a whole number of at least 1"
+        )
+    if keep_best is not None and (
+      len(keep_best) != 2 or keep_best[1] not in ("min", "max")
+    ):
+      raise ValueError(
+        f'keep_best={keep_best!r}: expected (metric, "min") or (metric, "max")'
+      )
+    self.repo = repo
+    self.branch = branch
+    self._every = every
+    self._keep_last = keep_last
+    self._keep_every = keep_every
+    self._keep_best = keep_best
+    self._grace = grace
+    self._author = author
+    self._worker = (
+      concurrent.futures.ThreadPoolExecutor(1, "checkpointer")
+      if asynchronous
+      else None
+    )
+    self._running: concurrent.futures.Future[None] | None = None
+
+  def __enter__(self) -> Checkpointer:
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: types.TracebackType | None,
+  ) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Waits for what is being stored; raises what went wrong."""
+    try:
+      self.wait()
+    finally:
+      if self._worker is not None:
+        self._worker.shutdown()
+
+  def wait(self) -> None:
+    """Waits until the last step is stored; raises what went wrong."""
+    running, self._running = self._running, None
+    if running is None:
+      return
+    error = running.exception()
+    if _anywhere(error is not None):
+      raise error or RepositoryError(
+        "another process could not store the last step; it says why"
+      )
+
+  @property
+  def all_steps(self) -> tuple[int, ...]:
+    """The steps that are kept, in order."""
+    self.wait()
+    return tuple(self._steps())
+
+  @property
+  def latest_step(self) -> int | None:
+    """The newest step; None before the first."""
+    return max(self.all_steps, default=None)
+
+  @property
+  def best_step(self) -> int | None:
+    """The kept step with the best metric; None if none has it.
+
+    Raises:
+      ValueError: if the checkpointer was not told what is best.
+    """
+    if self._keep_best is None:
+      raise ValueError(
+        'which step is best? Give keep_best=(metric, "min" or "max")'
+      )
+    self.wait()
+    return self._best(self._steps())
+
+  def metrics(self, step: int) -> dict[str, float]:
+    """Returns the metrics of a kept step.
+
+    Args:
+      step: the step.
+
+    Raises:
+      RefNotFoundError: if it is not kept.
+    """
+    self.wait()
+    return _metrics(self.repo.objects.commit(self._commit_of(step)))
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    force: bool = False,
+  ) -> bool:
+    """Stores the state after a step, if it is one to store.
+
+    Args:
+      step: its number; steps only go up.
+      state: what `Repo.commit` takes: parameters, optimizer state, PRNG keys,
+        numbers, `Record`s of data iterators.
+      metrics: numbers by name, kept in the commit.
+      force: store it though it is no multiple of `every`: the last one.
+
+    Returns:
+      Whether it is (being) stored.
+
+    Raises:
+      ConflictError: if this step, or a later one, is stored already; or if
+        somebody else moved the branch.
+    """
+    step = operator.index(step)
+    if step % self._every and not force:
+      return False
+    self.wait()
+    steps = self._steps()
+    if steps and step <= max(steps):
+      raise ConflictError(
+        f"step {step} of branch {self.branch!r} comes after step {max(steps)}, "
+        "which is stored already; to train on from an earlier step, give the "
+        "run a branch of its own: "
+        f"repo.branch(name, at={self._tag(step)!r}), "
+        "Checkpointer(repo, branch=name)"
+      )
+    spelled = {k: _number(k, v) for k, v in (metrics or {}).items()}
+    tip = self.repo.refs.get(HEADS, self.branch)
+    base = self._base(tip)
+    commit = self.repo.commit(
+      state,
+      message=_message(step, spelled),
+      branch=None,
+      parents=[base] if base else [],
+      author=self._author,
+      recipe={
+        "kind": _KIND,
+        "branch": self.branch,
+        "step": step,
+        "metrics": spelled,
+      },
+    )
+
+    def finish() -> None:
+      self._publish(step, commit, tip)
+
+    if self._worker is None:
+      finish()
+    else:
+      self._running = self._worker.submit(finish)
+    return True
+
+  def restore(
+    self,
+    like: Any = None,
+    *,
+    step: int | Literal["latest", "best"] = "latest",
+    only: Any = None,
+  ) -> Any:
+    """Returns the state of a kept step.
+
+    Args:
+      like: see `Repo.checkout`: the state of a run that has not begun, or
+        `ShapeDtypeStruct`s.
+      step: its number, or the latest, or the best.
+      only: see `Repo.checkout`.
+
+    Raises:
+      RefNotFoundError: if there is no such step.
+      MismatchError: if `like` has other leaves; lists every one.
+    """
+    found = {"latest": lambda: self.latest_step, "best": lambda: self.best_step}
+    number = found[step]() if isinstance(step, str) else step
+    self.wait()
+    if number is None:
+      raise RefNotFoundError(
+        f"branch {self.branch!r} of {self.repo.path} has no {step} step: "
+        "nothing was saved yet"
+        + (" with that metric" if step == "best" else "")
+      )
+    return self.repo.checkout(self._commit_of(number), like=like, only=only)
+
+  def _tag(self, step: int) -> str:
+    return f"steps/{self.branch}/{step}"
+
+  def _steps(self) -> list[int]:
+    prefix = self._tag(0)[:-1]
+    return sorted(
+      int(name[len(prefix) :])
+      for name in self.repo.refs.names(TAGS)
+      if name.startswith(prefix)
+      and re.fullmatch(r"0|[1-9]\d*", name[len(prefix) :])
+    )
+
+  def _commit_of(self, step: int) -> str:
+    found = self.repo.refs.get(TAGS, self._tag(step))
+    if found is None:
+      kept = ", ".join(map(str, self._steps())) or "none"
+      raise RefNotFoundError(f"step {step} is not kept; kept are: {kept}")
+    return found
+
+  def _base(self, tip: str | None) -> str | None:
+    """The version that the next step follows: the last that stays for good."""
+    while tip is not None:
+      commit = self.repo.objects.commit(tip)
+      step = _step(commit, self.branch)
+      if step is None or self._for_good(step):
+        break
+      tip = commit.parents[0] if commit.parents else None
+    return tip
+
+  def _for_good(self, step: int) -> bool:
+    rules = (self._keep_last, self._keep_every, self._keep_best)
+    if rules == (None, None, None):
+      return True
+    return self._keep_every is not None and step % self._keep_every == 0
+
+  def _publish(self, step: int, commit: str, tip: str | None) -> None:
+    """Names a stored step, and lets go of those that are not kept."""
+    import jax
+
+    if jax.process_index():
+      return  # one process moves refs
+    # Tag first: a process killed in between has lost nothing, and the next
+    # one finds its latest step by the tags.
+    refs = self.repo.refs
+    refs.move(TAGS, self._tag(step), old=None, new=commit)
+    refs.move(HEADS, self.branch, old=tip, new=commit)
+    steps = self._steps()
+    dropped = sorted(set(steps) - self._kept(steps))
+    for each in dropped:
+      refs.move(TAGS, self._tag(each), old=self._commit_of(each), new=None)
+    if dropped:
+      try:
+        self.repo.gc(grace=self._grace)
+      except PatchjaxError as error:
+        warnings.warn(
+          f"step {step} is stored, but space was not given back: {error}",
+          stacklevel=2,
+        )
+
+  def _kept(self, steps: list[int]) -> set[int]:
+    kept = {step for step in steps if self._for_good(step)}
+    # The newest is what a run goes on from, whatever the rules say.
+    kept |= set(steps[-(self._keep_last or 1) :])
+    best = None if self._keep_best is None else self._best(steps)
+    return kept if best is None else kept | {best}
+
+  def _best(self, steps: list[int]) -> int | None:
+    assert self._keep_best is not None
+    metric, mode = self._keep_best
+    sign = 1 if mode == "max" else -1
+    values = {
+      step: _metrics(self.repo.objects.commit(self._commit_of(step))).get(
+        metric
+      )
+      for step in steps
+    }
+    scores = {
+      step: (sign * value, step)
+      for step, value in values.items()
+      if value is not None and not math.isnan(value)
+    }
+    return max(scores, key=lambda step: scores[step], default=None)
+
+
+def _anywhere(failed: bool) -> bool:
+  """Whether this process, or any other of a program of several, failed."""
+  import jax
+
+  if jax.process_count() == 1:
+    return failed
+  import numpy as np
+  from jax.experimental import multihost_utils
+
+  return bool(multihost_utils.process_allgather(np.bool_(failed)).any())
+
+
+def _step(commit: Commit, branch: str) -> int | None:
+  recipe = commit.recipe or {}
+  ours = recipe.get("kind") == _KIND and recipe.get("branch") == branch
+  return recipe["step"] if ours else None
+
+
+def _metrics(commit: Commit) -> dict[str, float]:
+  return {k: float(v) for k, v in (commit.recipe or {})["metrics"].items()}
+
+
+def _number(name: str, value: Any) -> float | str:
+  """Returns a metric as JSON holds it: what is not finite is a text."""
+  try:
+    number = float(value)
+  except (TypeError, ValueError) as error:
+    raise RepositoryError(
+      f"metric {name!r}: expected a number, found {value!r:.60}"
+    ) from error
+  return number if math.isfinite(number) else str(number)
+
+
+def _message(step: int, metrics: Mapping[str, float | str]) -> str:
+  listed = ", ".join(
+    f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+    for name, value in metrics.items()
+  )
+  return f"step {step}" + (f": {listed}" if listed else "")
