@@ -7,7 +7,7 @@ import errno
 
 import click
 
-from patchjax.cli import candidates, files, inspection, refs, remotes
+from patchjax.cli import candidates, files, inspection, refs, remotes, upkeep
 from patchjax.trees.errors import PatchjaxError, ReleaseRefusedError
 
 
@@ -88,6 +88,6 @@ def patchjax(
     ctx.with_resource(contextlib.chdir(place))
 
 
-for _module in (refs, files, inspection, candidates, remotes):
+for _module in (refs, files, inspection, candidates, remotes, upkeep):
   for _verb in _module.VERBS:
     patchjax.add_command(_verb)

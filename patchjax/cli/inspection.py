@@ -1,4 +1,4 @@
-"""Verbs that look closely: diff, fsck."""
+"""A verb that looks closely: diff."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import click
 
 from patchjax.cli.common import (
   AS_JSON,
-  counting,
   emit,
   is_path,
   open_repo,
@@ -38,15 +37,4 @@ def diff(old: str, new: str, exit_code: bool, as_json: bool) -> None:
     sys.exit(1)
 
 
-@click.command()
-@AS_JSON
-def fsck(as_json: bool) -> None:
-  """Verify every object, ref, payload and leaf; exit with 1 on problems."""
-  with counting() as progress:
-    report = open_repo().fsck(progress=progress)
-  emit(as_json, report.to_json(), lambda: str(report))
-  if not report.ok:
-    sys.exit(1)
-
-
-VERBS = (diff, fsck)
+VERBS = (diff,)
