@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import math
 import os
 import shutil
@@ -72,6 +73,7 @@ def save(
   """
   from orbax.checkpoint import v1 as ocp
 
+  _check_scheme(path)
   try:
     if "://" not in path:
       processes.together(lambda: _probe(path))
@@ -87,6 +89,22 @@ def save(
       "free some space or make the path writable, and try again; nothing "
       "was left half-written"
     ) from error
+
+
+def _check_scheme(path: str) -> None:
+  """Refuses what Orbax would fail at, sooner or later."""
+  if path.startswith("s3://"):
+    raise RepositoryError(
+      f"{path} was not written: Orbax cannot write S3 payloads today; commit "
+      "to a local repository, and push it there"
+    )
+  if path.startswith("gs://") and not any(
+    importlib.util.find_spec(name) for name in ("gcsfs", "tensorflow")
+  ):
+    raise RepositoryError(
+      f"{path} was not written: for gs:// Orbax needs gcsfs; install it with "
+      "`pip install 'patchjax[gcs]'`"
+    )
 
 
 def _options(ocp: Any, arrays: Mapping[str, Any]) -> Any:

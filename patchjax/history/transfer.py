@@ -188,8 +188,14 @@ class Transfer:
         digest = key.removeprefix("objects/").replace("/", "")
       if verified:
         pieces = _verified(pieces, digest, self.source.files.path(key))
-      self.target.files.write_pieces(key, self._counted(pieces))
-      self.copied(1, 0)
+      if self.target.files.local:
+        self.target.files.write_pieces(key, self._counted(pieces))
+        self.copied(1, 0)
+      else:
+        # Sent in one request: it counts when it has arrived.
+        data = b"".join(pieces)
+        self.target.files.write(key, data)
+        self.copied(1, len(data))
 
     each(one, [key for key in keys if key not in large])
     for key in sorted(large):
