@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 SCHEMES = ("gs", "s3", "memory")
 
 # Answers come within seconds or not at all: a wrong endpoint must not hang.
-_RETRIES = {"max_retries": 6, "initial_delay": "250ms", "max_delay": "4s"}
+_RETRIES = {"max_retries": 5, "initial_delay": "250ms", "max_delay": "2s"}
 _CONTENDERS = 8  # who race for one key when an endpoint is put to the test
 
 _ERRORS = (

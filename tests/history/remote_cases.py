@@ -14,23 +14,27 @@ from patchjax.history.files import is_temporary
 LARGE = (150, 200)  # 120 kB of noise: a payload of its own, and no blob
 
 _SERVER = """
-import logging, sys
+import logging, sys, threading
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication
 from moto.server import ThreadedMotoServer
 
-if "careless" in sys.argv:
-  # A store that speaks S3, and ignores conditions.
-  real = DomainDispatcherApplication.__call__
+real = DomainDispatcherApplication.__call__
+lock = threading.Lock()
 
-  def call(self, environ, start_response):
-    if environ["REQUEST_METHOD"] == "PUT":
-      for name in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"):
-        environ.pop(name, None)
+def call(self, environ, start_response):
+  if environ["REQUEST_METHOD"] != "PUT":
+    return real(self, environ, start_response)
+  if "careless" in sys.argv:
+    # A store that speaks S3, and ignores conditions.
+    for name in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"):
+      environ.pop(name, None)
+    return real(self, environ, start_response)
+  # S3 looks and writes in one step; moto lets another write in between.
+  with lock:
     return real(self, environ, start_response)
 
-  DomainDispatcherApplication.__call__ = call
-
+DomainDispatcherApplication.__call__ = call
 server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)
