@@ -24,10 +24,13 @@ from patchjax.patches.codes import (
   spread,
   unravel,
 )
+from patchjax.patches.cutting import cut
 from patchjax.patches.deltas import Delta, Insert, Rename
 from patchjax.patches.laws import LAWS, compute_dtype
-from patchjax.trees import dtypes
+from patchjax.trees import dtypes, tiles
 from patchjax.trees.errors import LawError
+
+_PIECE = 1 << 16  # entries that are computed at a time
 
 
 def apply_host(leaf: Any, delta: Delta, *, undo: bool = False) -> Any:
@@ -64,9 +67,19 @@ def apply_host(leaf: Any, delta: Delta, *, undo: bool = False) -> Any:
       changed &= kind.word.type((1 << kind.bits) - 1)
     return dtypes.device(changed, dtype)
   leaf = np.asarray(leaf)
-  if delta.law == "set":
-    return _combine(leaf, delta.code, function, leaf.dtype, leaf.dtype)
-  return _combine(leaf, delta.code, function, compute_dtype(leaf), leaf.dtype)
+  wide = leaf.dtype if delta.law == "set" else compute_dtype(leaf)
+  if isinstance(delta.code, Sparse) or leaf.size < 2 * _PIECE:
+    return _combine(leaf, delta.code, function, wide, leaf.dtype)
+  # Piece by piece: the many passes of a low-rank sum stay in cache. Entry by
+  # entry the operations are the same.
+  changed = np.empty(leaf.shape, leaf.dtype)
+  rows = max(1, _PIECE * leaf.shape[0] // leaf.size)
+  for start in range(0, leaf.shape[0], rows):
+    piece = tiles.region_of((slice(start, start + rows),), leaf.shape[:1])
+    piece += tiles.whole(leaf.shape)[1:]
+    code = cut(delta, leaf.shape, piece).code
+    changed[piece] = _combine(leaf[piece], code, function, wide, leaf.dtype)
+  return changed
 
 
 def _combine(
@@ -76,9 +89,11 @@ def _combine(
   with np.errstate(all="ignore"):
     if not isinstance(code, Sparse):
       held = numbers(code, compute)
-      wide = x if compute is None else x.astype(compute)
+      wide = x if compute is None else x.astype(compute, copy=False)
       result = function(wide, np.broadcast_to(held, x.shape))
-      return np.array(result.astype(out), order="C")
+      result = result.astype(out, order="C", copy=False)
+      # What is set is the code's own array, and may be somebody's.
+      return np.array(result) if np.may_share_memory(result, held) else result
     values = code.values
     held = numbers(values, compute)
     indices = np.asarray(code.indices)
@@ -125,17 +140,22 @@ def _product(code: LowRank, dtype: Any) -> np.ndarray:
   a, b = (np.asarray(x).astype(wide) for x in (code.a, code.b))
   inputs = a.ndim - code.batch - 1
   outputs = b.ndim - code.batch - 1
-  total = np.zeros(code.shape, wide)
-  for r in range(code.rank):
-    left = a[..., r].reshape(a.shape[:-1] + (1,) * outputs)
-    right = np.take(b, r, axis=code.batch)
-    right = right.reshape(
-      right.shape[: code.batch] + (1,) * inputs + right.shape[code.batch :]
-    )
-    # Two statements: one expression could become a fused multiply-add.
-    outer = left * right
-    total += outer
-  return (total * np.asarray(code.scale).astype(wide)).astype(dtype)
+  total, outer = np.zeros(code.shape, wide), np.empty(code.shape, wide)
+  with np.errstate():  # restores the size of buffers, too
+    # Numpy would copy rows that are shorter than its buffers, at four times
+    # the price of the multiplication.
+    np.setbufsize(16)
+    for r in range(code.rank):
+      left = a[..., r].reshape(a.shape[:-1] + (1,) * outputs)
+      right = np.take(b, r, axis=code.batch)
+      right = right.reshape(
+        right.shape[: code.batch] + (1,) * inputs + right.shape[code.batch :]
+      )
+      # Two statements: one expression could become a fused multiply-add.
+      np.multiply(left, right, out=outer)
+      np.add(total, outer, out=total)
+  np.multiply(total, np.asarray(code.scale).astype(wide), out=total)
+  return total.astype(dtype, copy=False)
 
 
 def apply_named(named: Mapping[str, Any], patch: Any) -> dict[str, Any]:

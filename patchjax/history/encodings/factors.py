@@ -18,10 +18,8 @@ import numpy as np
 from patchjax.history.encodings.common import (
   Encoding,
   Fetch,
-  aligned,
   expect,
   full,
-  grid_of,
   needed,
   of_words,
 )
@@ -125,92 +123,16 @@ def evaluate(
   """
   from patchjax.patches import pinned
   from patchjax.patches.checks import misfit
+  from patchjax.patches.cutting import cut
 
   if why := misfit(delta, entry):
     raise ValueError(why)
   wanted = full(entry, region)
   expect(base, base.dtype, tiles.shape_of(of_words(entry, wanted)))
-  words = aligned(base.shape, base.dtype)
-  grid = grid_of(entry)
-  # Tile by tile: the many passes of a low-rank sum stay in cache.
-  for number in grid.cover(wanted) if entry.shape else [0]:
-    piece = tiles.overlap(grid[number], wanted)
-    if piece is None:
-      continue
-    here = tiles.within(piece, wanted)
-    leaf = dtypes.device(np.asarray(base[here]), entry.dtype)
-    changed = pinned.apply_host(leaf, cut(delta, entry.shape, piece))
-    words[here] = dtypes.host(changed)[0]
-  return words
-
-
-def cut(delta: Delta, shape: tuple[int, ...], region: Region) -> Delta:
-  """Returns the delta of a region of a leaf.
-
-  Args:
-    delta: a numeric delta of the whole leaf.
-    shape: shape of the leaf.
-    region: with all its bounds spelled out.
-
-  Example:
-    >>> from patchjax.patches.codes import Dense
-    >>> from patchjax.patches.deltas import Delta
-    >>> delta = Delta(Dense(np.float32([1, 2, 3])), "add")
-    >>> cut(delta, (3,), (slice(1, 3),)).code.values.tolist()
-    [2.0, 3.0]
-  """
-  from patchjax.patches.codes import Dense, LowRank, Quantized
-
-  code: Any = delta.code
-  match code:
-    case Dense(values=values):
-      # An axis of one number stands for equal numbers along the leaf's.
-      part = tuple(
-        s if n > 1 else slice(None) for s, n in zip(region, values.shape)
-      )
-      code = Dense(values[part])
-    case LowRank(a=a, b=b, batch=batch):
-      inner = a.ndim - 1
-      rank = (slice(None),)
-      code = dataclasses.replace(
-        code,
-        a=a[region[:inner] + rank],
-        b=b[region[:batch] + rank + region[inner:]],
-      )
-    case Quantized(words=words):
-      scales = np.asarray(code.scales)
-      for axis, (s, step) in enumerate(zip(region, code.block)):
-        if scales.shape[axis] > 1:
-          index = np.arange(s.start, s.stop) // step
-          scales = np.take(scales, index, axis=axis)
-      block = (1,) * len(shape)
-      code = Quantized(np.asarray(words)[region], scales, code.bits, block)
-    case _:
-      code = _cut_sparse(code, shape, region)
-  return dataclasses.replace(delta, code=code)
-
-
-def _cut_sparse(code: Any, shape: tuple[int, ...], region: Region) -> Any:
-  from patchjax.patches.codes import Quantized, Sparse, spread, unravel
-
-  # A leaf without axes counts as one of shape [1].
-  region = region or (slice(0, 1),)
-  axes = unravel(np.asarray(code.indices), shape or (1,))
-  inside = np.ones(len(axes[0]), bool)
-  for axis, s in zip(axes, region):
-    inside &= (axis >= s.start) & (axis < s.stop)
-  small = tiles.shape_of(region)
-  places = [axis[inside] - s.start for axis, s in zip(axes, region)]
-  flat = np.ravel_multi_index(places, small).astype(np.int32)
-  values = code.values
-  if isinstance(values, Quantized):
-    scales = spread(np.asarray(values.scales), values.block, values.shape)
-    scales = np.broadcast_to(scales, values.shape)[inside]
-    words = np.asarray(values.words)[inside]
-    values = Quantized(words, scales, values.bits, (1,))
-  else:
-    values = np.asarray(values)[inside]
-  return Sparse(values, flat, small if shape else ())
+  if region is not None:
+    delta = cut(delta, entry.shape, wanted)
+  leaf = dtypes.device(base, entry.dtype)
+  return dtypes.host(pinned.apply_host(leaf, delta))[0]
 
 
 _parsed: dict[str, Patch] = {}
