@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import warnings
+from typing import Any
 
 import click
 
-from patchjax.cli import candidates, files, inspection, refs, remotes, upkeep
+from patchjax.cli import (
+  bisecting,
+  candidates,
+  files,
+  graph,
+  inspection,
+  refs,
+  remotes,
+  upkeep,
+)
 from patchjax.trees.errors import PatchjaxError, ReleaseRefusedError
 
 
@@ -32,12 +43,23 @@ class _Verbs(click.Group):
 
   def invoke(self, ctx: click.Context):
     try:
-      return super().invoke(ctx)
+      with warnings.catch_warnings():
+        # Of a damaged ref, say: shown as a message, and the verb goes on.
+        warnings.filterwarnings("always", module=r"patchjax\.")
+        warnings.showwarning = _show_warning
+        return super().invoke(ctx)
     except (PatchjaxError, OSError) as error:
       if ctx.params["debug"] or getattr(error, "errno", 0) == errno.EPIPE:
         raise
       kind = Refusal if isinstance(error, ReleaseRefusedError) else Problem
       raise kind(_message(error)) from error
+
+
+def _show_warning(
+  message: Warning | str, category: type[Warning], *args: Any
+) -> None:
+  del category, args
+  click.echo(f"patchjax: warning: {message}", err=True)
 
 
 def _message(error: PatchjaxError | OSError) -> str:
@@ -88,6 +110,15 @@ def patchjax(
     ctx.with_resource(contextlib.chdir(place))
 
 
-for _module in (refs, files, inspection, candidates, remotes, upkeep):
+for _module in (
+  refs,
+  files,
+  inspection,
+  candidates,
+  graph,
+  bisecting,
+  remotes,
+  upkeep,
+):
   for _verb in _module.VERBS:
     patchjax.add_command(_verb)

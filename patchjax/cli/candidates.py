@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from patchjax.cli.common import (
   read_value,
   waiting,
 )
+from patchjax.cli.methods import SET, assignment, merge_method
 
 if TYPE_CHECKING:
   from patchjax.vetting import Policy, Suite, Verdict
@@ -54,17 +54,19 @@ _CLAIMS = click.option(
 @click.option(
   "--weights", metavar="W,W,...", help="One a contributor: INTO, then REFS."
 )
-@click.option(
-  "--set",
-  "more",
-  multiple=True,
-  metavar="NAME=JSON",
-  help="Any other argument of the method; may be repeated.",
-)
+@SET
 @click.option("--base", help="What contributions are measured from.")
 @click.option("-m", "--message", help="By default says what was merged.")
 @click.option(
   "--dry-run", is_flag=True, help="Show the conflicts; commit nothing."
+)
+@click.option(
+  "--no-ff", is_flag=True, help="Commit even where the branch could move on."
+)
+@click.option(
+  "--whole",
+  is_flag=True,
+  help="Run the method on leaves that one side changed too.",
 )
 @AUTHOR
 @AS_JSON
@@ -79,28 +81,40 @@ def merge(
   base: str | None,
   message: str | None,
   dry_run: bool,
+  no_ff: bool,
+  whole: bool,
   author: str | None,
   as_json: bool,
 ) -> None:
   """Merge the versions REFS into a branch.
 
-  What each version contributes is measured from their merge base.
+  What each version contributes is measured from their merge base. A leaf that
+  one version changed is taken from it as it is.
   """
   from patchjax import merging
+  from patchjax.history.merges import contributing
 
   given = {"density": density, "scale": scale, "weights": _numbers(weights)}
   given = {name: value for name, value in given.items() if value is not None}
   chain = merge_method(method, given | dict(assignment(text) for text in more))
   repo = open_repo()
+  tip = repo.resolve(f"heads/{into}")
+  parents = contributing(repo, tip, refs)
+  if len(parents) == 1:
+    value = {"commit": tip, "branch": into, "merged": False}
+    emit(as_json, value, f"{into} has it all already: nothing to merge")
+    return
   if dry_run:
     with waiting("comparing the contributors"):
-      start = repo.merge_base(into, *refs) if base is None else base
+      start = repo.merge_base(*parents) if base is None else base
       # As in a merge: what equals the base contributes nothing.
       sides = [
-        ref
-        for ref in (into, *refs)
-        if repo.show(ref).tree != repo.show(start).tree
+        ref for ref in parents if repo.show(ref).tree != repo.show(start).tree
       ]
+      if len(sides) < 2:
+        text = "one side changed: it is taken as it is, without a conflict"
+        emit(as_json, {"contributors": sides, "leaves": []}, text)
+        return
       report = merging.conflicts(
         repo.checkout(start),
         [repo.checkout(ref) for ref in sides],
@@ -110,11 +124,24 @@ def merge(
     return
   with waiting("merging"):
     made = repo.merge(
-      into, refs, method=chain, base=base, message=message, author=author
+      into,
+      refs,
+      method=chain,
+      base=base,
+      message=message,
+      author=author,
+      fast_forward=not no_ff,
+      one_sided="method" if whole else "take",
     )
   stored = repo.show(made)
-  value = {"commit": made, "branch": into, "parents": list(stored.parents)}
-  emit(as_json, value, f"[{into} {made[:12]}] {stored.title}")
+  value = {
+    "commit": made,
+    "branch": into,
+    "parents": list(stored.parents),
+    "merged": True,
+  }
+  how = "fast-forward to " if made in parents else ""
+  emit(as_json, value, f"[{into} {made[:12]}] {how}{stored.title}")
 
 
 @click.command()
@@ -141,7 +168,9 @@ def vet(
   """
   if suite is None:
     raise click.UsageError("vet needs --suite MODULE:NAME")
-  verdict = _vet(new, against, _suite(suite), _policy(policy), _claimed(claims))
+  verdict = _vet(
+    new, against, _suite(suite), policy_of(policy), _claimed(claims)
+  )
   emit(as_json, verdict.to_json(), lambda: str(verdict))
   if not verdict.accepted:
     sys.exit(1)
@@ -208,7 +237,7 @@ def release(
     ref,
     suite=_suite(suite) if suite else None,
     verdict=None if verdict is None else Verdict.from_json(read_text(verdict)),
-    policy=_policy(policy),
+    policy=policy_of(policy),
     claims=_claimed(claims),
     override=override,
     progress=sys.stderr.isatty(),
@@ -238,40 +267,6 @@ def demo(directory: str, force: bool) -> None:
     sys.exit(1)
 
 
-def merge_method(name: str, arguments: dict[str, Any]) -> Any:
-  """Returns the merge method of a name, with the arguments that it takes.
-
-  Args:
-    name: a function of `patchjax.merging.methods`.
-    arguments: its arguments.
-  """
-  import inspect
-
-  from patchjax.merging import methods
-  from patchjax.trees.suggest import did_you_mean, list_names
-
-  known = {
-    key: function
-    for key, function in inspect.getmembers(methods, inspect.isfunction)
-    if function.__module__ == methods.__name__ and not key.startswith("_")
-  }
-  if name not in known:
-    raise click.BadParameter(
-      f"{name!r} is none of {list_names(known)}. {did_you_mean(name, known)}",
-      param_hint="--method",
-    )
-  takes = inspect.signature(known[name]).parameters
-  for key in arguments:
-    if key not in takes:
-      raise click.BadParameter(
-        f"{name} has no argument {key!r}; it takes {list_names(takes)}"
-      )
-  try:
-    return known[name](**arguments)
-  except (TypeError, ValueError) as error:
-    raise click.BadParameter(f"{name}: {error}") from error
-
-
 def _numbers(text: str | None) -> list[float] | None:
   if text is None:
     return None
@@ -283,28 +278,18 @@ def _numbers(text: str | None) -> list[float] | None:
     ) from error
 
 
-def assignment(text: str) -> tuple[str, Any]:
-  """Returns the two sides of an assignment.
-
-  Args:
-    text: NAME=JSON, or NAME=WORD.
-  """
-  name, sign, value = text.partition("=")
-  if not sign:
-    raise click.BadParameter(f"expected NAME=JSON, found {text!r}")
-  try:
-    return name, json.loads(value)
-  except ValueError:
-    return name, value  # a word without quotes
-
-
 def _suite(text: str) -> Suite:
   from patchjax.vetting import Suite
 
   return load_object(text, Suite)
 
 
-def _policy(text: str | None) -> Policy | None:
+def policy_of(text: str | None) -> Policy | None:
+  """Returns the policy of an option.
+
+  Args:
+    text: a JSON file, or where to import it from; None for the default.
+  """
   from patchjax.vetting import Policy
 
   if text is None:

@@ -1,17 +1,19 @@
-"""Verbs on commits and their names: init, log, show, branch, tag."""
+"""Verbs on commits and their names: init, log, show, branch, tag, reset."""
 
 from __future__ import annotations
 
 import collections
+import itertools
 import textwrap
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchjax.cli.common import AS_JSON, emit, open_repo
+from patchjax.cli.common import AS_JSON, AUTHOR, emit, open_repo
 
 if TYPE_CHECKING:
   from patchjax.history import Commit, Repo
+  from patchjax.history.listing import Listing
 
 
 @click.command()
@@ -26,21 +28,68 @@ def init(directory: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("ref", default="main")
-@click.option("-n", "limit", type=click.IntRange(1), help="At most so many.")
+@click.argument("refs", nargs=-1)
+@click.option("-n", "limit", type=click.IntRange(0), help="At most so many.")
 @click.option("--oneline", is_flag=True, help="A line a commit.")
+@click.option("--graph", is_flag=True, help="Draw branches and merges beside.")
+@click.option(
+  "--all", "every", is_flag=True, help="From all branches and tags."
+)
+@click.option(
+  "--name",
+  metavar="REGEX",
+  help="Only commits that changed a leaf whose whole name matches.",
+)
 @AS_JSON
-def log(ref: str, limit: int | None, oneline: bool, as_json: bool) -> None:
-  """List the commits that lead to REF, newest first."""
+def log(
+  refs: tuple[str, ...],
+  limit: int | None,
+  oneline: bool,
+  graph: bool,
+  every: bool,
+  name: str | None,
+  as_json: bool,
+) -> None:
+  """List the commits that lead to REFS (main), the latest first.
+
+  A..B stands for what leads to B and not to A, ^A leaves out what leads to A.
+  """
+  from patchjax.history.listing import Listing
+
   repo = open_repo()
-  commits = repo.log(ref, limit=limit)
   names = _names(repo)
+  tips = [*names] if every else []
+  listing = Listing(repo, [*refs, *tips] or ["main"], name)
+  commits = itertools.islice(listing, limit)
   if as_json:
     emit(True, [_commit_json(commit, names) for commit in commits], "")
+  elif graph:
+    _draw(listing, limit, names, oneline)
   elif oneline:
-    emit(False, None, "\n".join(_line(commit, names) for commit in commits))
+    for commit in commits:
+      click.echo(_line(commit, names))
   else:
-    emit(False, None, "\n\n".join(_text(commit, names) for commit in commits))
+    for i, commit in enumerate(commits):
+      click.echo("\n" * bool(i) + _text(commit, names))
+
+
+def _draw(
+  listing: Listing,
+  limit: int | None,
+  names: dict[str, list[str]],
+  oneline: bool,
+) -> None:
+  """Prints the drawing of a history; lazily, unless commits are passed over."""
+  from patchjax.history.drawing import Drawing
+
+  drawing = Drawing()
+  shown = list(listing) if listing.filtered else listing
+  for commit in itertools.islice(shown, limit):
+    text = [_line(commit, names)]
+    if not oneline:
+      text = [*_text(commit, names).split("\n"), ""]
+    for row in drawing.rows(commit.id, listing.parents(commit), text):
+      click.echo(row)
 
 
 @click.command()
@@ -94,36 +143,116 @@ def show(ref: str, as_json: bool) -> None:
   emit(as_json, value, text)
 
 
-def _ref_verb(noun: str, plural: str, start: str) -> click.Command:
-  """The verbs `branch` and `tag`: list them, or create one."""
+@click.command()
+@click.argument("name", required=False)
+@click.argument("at", metavar="[AT]", default="main")
+@click.option("-d", "--delete", is_flag=True, help="Delete it, if merged.")
+@click.option("-D", "force", is_flag=True, help="Delete it, merged or not.")
+@click.option("-m", "--move", is_flag=True, help="Rename NAME to AT.")
+@AS_JSON
+def branch(
+  name: str | None,
+  at: str,
+  delete: bool,
+  force: bool,
+  move: bool,
+  as_json: bool,
+) -> None:
+  """List branches, or create NAME at AT (main).
 
-  @click.command(noun, help=f"List {plural}, or create {noun} NAME at {start}.")
-  @click.argument("name", required=False)
-  @click.argument("ref", metavar=f"[{start}]", default="main")
-  @AS_JSON
-  def command(name: str | None, ref: str, as_json: bool) -> None:
-    repo = open_repo()
-    if name is not None:
-      made = getattr(repo, noun)(name, ref)
-      value = {"name": name, "commit": made}
-      emit(as_json, value, f"{noun} {name} at {made[:12]}")
-      return
-    found = getattr(repo, plural)()
-    commits = {name: repo.show(at) for name, at in found.items()}
-    width = max(map(len, found), default=0)
-    emit(
-      as_json,
-      [
-        {"name": name, "commit": commit.id, "title": commit.title}
-        for name, commit in commits.items()
-      ],
-      "\n".join(
-        f"{name:{width}}  {commit.id[:12]}  {_cut(commit.title)}"
-        for name, commit in commits.items()
-      ),
-    )
+  A deleted branch NAME comes back with `branch NAME NAME@{1}`.
+  """
+  repo = open_repo()
+  if name is None:
+    _list(repo, repo.branches(), as_json)
+  elif move:
+    made = repo.branch(name, rename=at)
+    _named(as_json, at, made, f"branch {name} is now {at}")
+  elif delete or force:
+    made = repo.branch(name, delete=True, force=force)
+    _named(as_json, name, made, f"deleted branch {name} (was {made[:12]})")
+  else:
+    made = repo.branch(name, at)
+    _named(as_json, name, made, f"branch {name} at {made[:12]}")
 
-  return command
+
+@click.command()
+@click.argument("name", required=False)
+@click.argument("ref", metavar="[REF]", default="main")
+@click.option("-d", "--delete", is_flag=True, help="Delete it.")
+@AS_JSON
+def tag(name: str | None, ref: str, delete: bool, as_json: bool) -> None:
+  """List tags, or create tag NAME at REF (main)."""
+  repo = open_repo()
+  if name is None:
+    _list(repo, repo.tags(), as_json)
+  elif delete:
+    made = repo.tag(name, delete=True)
+    _named(as_json, name, made, f"deleted tag {name} (was {made[:12]})")
+  else:
+    made = repo.tag(name, ref)
+    _named(as_json, name, made, f"tag {name} at {made[:12]}")
+
+
+def _named(as_json: bool, name: str, commit: str, text: str) -> None:
+  emit(as_json, {"name": name, "commit": commit}, text)
+
+
+def _list(repo: Repo, found: dict[str, str], as_json: bool) -> None:
+  commits = {name: repo.show(at) for name, at in found.items()}
+  width = max(map(len, found), default=0)
+  emit(
+    as_json,
+    [
+      {"name": name, "commit": commit.id, "title": commit.title}
+      for name, commit in commits.items()
+    ],
+    "\n".join(
+      f"{name:{width}}  {commit.id[:12]}  {_cut(commit.title)}"
+      for name, commit in commits.items()
+    ),
+  )
+
+
+@click.command()
+@click.argument("ref")
+@click.option("-b", "--branch", default="main", help="The branch to move.")
+@AUTHOR
+@AS_JSON
+def reset(ref: str, branch: str, author: str | None, as_json: bool) -> None:
+  """Move a branch to the version REF.
+
+  Nothing is lost: BRANCH@{1} is what it was.
+  """
+  repo = open_repo()
+  old = repo.reset(ref, branch=branch, author=author)
+  commit = repo.show(branch)
+  value = {"branch": branch, "commit": commit.id, "old": old}
+  text = f"{branch} is now at {commit.id[:12]} {_cut(commit.title)}"
+  emit(as_json, value, text)
+
+
+@click.command()
+@click.argument("name", default="main")
+@click.option("-n", "limit", type=click.IntRange(0), help="At most so many.")
+@AS_JSON
+def reflog(name: str, limit: int | None, as_json: bool) -> None:
+  """List where a branch or tag has been, the latest first.
+
+  NAME@{n} names what it was before its last n moves.
+  """
+  moves = open_repo().reflog(name, limit=limit)
+
+  def text() -> str:
+    lines, number = [], 0
+    for move in moves:
+      at = "-" * 12 if move.new is None else move.new[:12]
+      where = f"{name}@{{{number}}}" if move.done else "(never happened)"
+      number += move.done
+      lines.append(f"{at} {where}: {_cut(move.why)}")
+    return "\n".join(lines)
+
+  emit(as_json, [move.to_json() for move in moves], text)
 
 
 def _names(repo: Repo) -> dict[str, list[str]]:
@@ -179,10 +308,4 @@ def _brief(value: Any) -> str:
   return textwrap.shorten(text, 80, placeholder=" ...")
 
 
-VERBS = (
-  init,
-  log,
-  show,
-  _ref_verb("branch", "branches", "AT"),
-  _ref_verb("tag", "tags", "REF"),
-)
+VERBS = (init, log, show, branch, tag, reset, reflog)

@@ -88,6 +88,11 @@ class Listing:
       follow=None if self._pattern is None else self._follow,
     )
 
+  @property
+  def filtered(self) -> bool:
+    """Whether commits are passed over: `parents` needs a whole iteration."""
+    return self._pattern is not None
+
   def parents(self, commit: Commit) -> tuple[str, ...]:
     """Returns the parents as shown: those passed over stand for theirs.
 

@@ -239,13 +239,18 @@ def test_merge_with_and_without_options(work):
   assert "Merge:  " in run("-C", "repo", "log")
   assert "recipe: " in run("-C", "repo", "show")
   run("-C", "repo", "branch", "other", "v0")
-  options = "--method ties --density 0.5 --scale 0.5 --set scope=leaf"
+  found = repo.checkout("main")  # each changed other leaves: they are taken
+  assert trees.tree_id(found["out"]) == trees.tree_id(FID["out"])
+  assert trees.tree_id(found["dense"]["kernel"]) == trees.tree_id(
+    DUCK["dense"]["kernel"]
+  )
+  options = "--method ties --density 0.5 --scale 0.5 --set scope=leaf --whole"
   run("-C", "repo", "merge", "duck", "fid", "--into", "other", *options.split())
   method = pj.merging.ties(density=0.5, scale=0.5, scope="leaf")
   want = pj.merge(BASE, [DUCK, FID], method)
   assert repo.show("other").tree == trees.tree_id(want)
   run("-C", "repo", "branch", "mean", "v0")
-  weights = "--method linear --weights 3,1 --into mean".split()
+  weights = "--method linear --weights 3,1 --into mean --whole".split()
   run("-C", "repo", "merge", "duck", "fid", *weights)
   want = pj.merge(BASE, [DUCK, FID], pj.merging.linear(weights=[3, 1]))
   assert repo.show("mean").tree == trees.tree_id(want)
