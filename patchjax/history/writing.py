@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from patchjax.history import (
+  basing,
   blobs,
   digesting,
   encodings,
@@ -194,18 +195,17 @@ class LeafWriter:
 
     def decide() -> dict[str, Any]:
       wanted = {
-        leaf.name: old.digest
+        leaf.name: (old, None if leaf.spread else parts_of(leaf.value))
         for leaf in leaves
         if (old := parent.get(leaf.name)) is not None
         and (old.dtype, old.shape) == (leaf.entry.dtype, leaf.entry.shape)
         and leaf.nbytes >= encodings.SMALLEST
       }
-      bases = {}
-      for name, digest in wanted.items():
-        place = self._base(digest)
-        if place is not None and place.depth < encodings.MAX_DEPTH:
-          bases[name] = dataclasses.asdict(place) | {"tiles": None}
-      return bases
+      found = basing.bases(wanted, self.index, self.reader)
+      return {
+        name: dataclasses.asdict(place) | {"tiles": None}
+        for name, place in found.items()
+      }
 
     bases = processes.first(decide) if parent else {}
     return [
@@ -214,18 +214,6 @@ class LeafWriter:
       else leaf
       for leaf in leaves
     ]
-
-  def _base(self, digest: str) -> Location | None:
-    """Returns the parent's place, or that of what it differs from."""
-    while True:
-      found = self.index.find([digest])[digest]
-      if not found:
-        return None
-      place = found[0]
-      encoding = encodings.ENCODINGS.get(place.encoding)
-      if place.base is None or encoding is None or not encoding.heavy:
-        return place
-      digest = place.base
 
   def _store(
     self, leaves: Sequence[_Leaf], repeated: Mapping[str, str]

@@ -232,6 +232,24 @@ def test_every_version_of_a_long_sparse_chain_is_exact(repo):
     assert bits(found.checkout(f"main~{back}")) == bits({"w": value})
 
 
+def test_a_sparse_version_is_small_whatever_it_follows(repo):
+  first = noise(LARGE)
+  tuned = first * (1 + noise(LARGE, 1, 1e-3))
+  values = [first, tuned, scattered(tuned, 100, 2)]
+  values += [scattered(values[-1], 100, 3), first * (1 + noise(LARGE, 4, 1e-3))]
+  values += [scattered(values[-1], 100, 5)]
+  grown, before = [], 0
+  for step, value in enumerate(values):
+    repo.commit({"w": value}, message=f"step {step}")
+    after = size(repo)
+    grown.append(after - before)
+    before = after
+  for step in (2, 3, 5):
+    assert grown[step] < 3000, grown
+  for back, value in enumerate(reversed(values)):
+    assert bits(Repo(repo.path).checkout(f"main~{back}")) == bits({"w": value})
+
+
 # Clean-up: git-theta's deleted models that were nowhere else.
 
 

@@ -114,7 +114,7 @@ def _sound(repo: pj.Repo) -> None:
 def _collected(peer: Patchjax, value: workload.Tree) -> timing.Cost:
   repo = peer.repo
   repo.branch("side", peer.commits[0])
-  large = jax.tree.map(lambda x: -x, value["embed"])
+  large = jax.tree.map(lambda x: x[::-1], value["embed"])
   repo.commit(value | {"embed": large}, message="side", branch="side")
   repo.branch("side", delete=True, force=True)
   before = peer.size()
