@@ -30,9 +30,11 @@ from patchjax.history.encodings.common import (
 from patchjax.history.encodings.factors import (
   FACTORS,
   Factors,
+  factors_of,
   fetch_patch,
   object_of,
 )
+from patchjax.history.encodings.measuring import compressible
 from patchjax.history.encodings.plain import (
   DENSE,
   WORDS,

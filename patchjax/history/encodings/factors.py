@@ -69,6 +69,27 @@ def object_of(encoding: str, key: str) -> str | None:
   return key.partition("/")[0] if encoding == FACTORS.name else None
 
 
+def factors_of(
+  patch: str | None, read: Callable[[str], bytes]
+) -> dict[str, Factors]:
+  """Returns what a committed patch made of leaves of its base, by name.
+
+  Args:
+    patch: id of the object that holds the patch file, if there is one.
+    read: returns the bytes of an object, verified.
+  """
+  if patch is None:
+    return {}
+  from patchjax.patches.deltas import Delta
+
+  deltas = _patch(patch, lambda: read(patch)).deltas
+  return {
+    name: Factors(patch, name, delta)
+    for name, delta in deltas.items()
+    if isinstance(delta, Delta)
+  }
+
+
 def fetch_patch(key: str, read: Callable[[str], bytes]) -> Fetch:
   """Returns what reads the parts of a leaf that is held as factors.
 
