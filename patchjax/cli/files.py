@@ -35,7 +35,18 @@ _FORCE = click.option(
 @click.argument("file")
 @click.option("-m", "--message", required=True, help="What was done, and why.")
 @click.option("-b", "--branch", default="main", help="The branch to move.")
-@click.option("--on", help="The version a patch was made for, if not the tip.")
+@click.option("--on", help="The version FILE was made from, if not the tip.")
+@click.option(
+  "--retry",
+  is_flag=True,
+  help="If the branch moved on from there, put both changes together: they "
+  "must have changed different leaves.",
+)
+@click.option(
+  "--any-base",
+  is_flag=True,
+  help="Commit a patch on another value of the same structure than its base.",
+)
 @AUTHOR
 @AS_JSON
 def commit(
@@ -43,6 +54,8 @@ def commit(
   message: str,
   branch: str,
   on: str | None,
+  retry: bool,
+  any_base: bool,
   author: str | None,
   as_json: bool,
 ) -> None:
@@ -61,6 +74,8 @@ def commit(
       branch=branch,
       author=author,
       on=on,
+      retry=retry,
+      any_base=any_base,
     )
   stored = repo.show(made)
   value = {"commit": made, "branch": branch, "tree": stored.tree}

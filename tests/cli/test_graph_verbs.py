@@ -231,8 +231,35 @@ def test_bisect_by_a_suite(line, tmp_path, monkeypatch):
   assert "needs" in run("bisect", "main~7", "main", code=2)
 
 
-def test_commits_need_words(repo, tmp_path):
-  pj.interop.write(tmp_path / "x.npz", value(3))
+def test_commits_need_words_and_may_be_put_together(repo, tmp_path):
+  path = tmp_path / "x.npz"
+  pj.interop.write(path, value(3))
   for message in ("", "  "):
-    told = run("commit", tmp_path / "x.npz", "-m", message, code=2)
-    assert "message is empty" in told
+    assert "message is empty" in run("commit", path, "-m", message, code=2)
+  assert "--retry" in run("commit", "--help")
+  told = run("commit", path, "-m", "mine", "--on", "v1", code=2)
+  assert "Merge side into main" in told  # who moved it
+  tip = repo.resolve("main")
+  pj.interop.write(path, value(1, new=4), overwrite=True)
+  run("commit", path, "-m", "mine", "--on", "v1", "--retry")
+  assert repo.show().parents == (tip,)
+  assert repo.show().tree == pj.trees.tree_id(value(2, v=7, new=4))
+
+
+def test_a_patch_file_without_a_base_has_to_be_asked_for(repo, tmp_path):
+  path = tmp_path / "fix.safetensors"
+  pj.diff(value(2, v=7), value(5, v=7)).save(path)
+  for verb in (
+    ["commit", path, "-m", "fix"],
+    ["apply", "main", path, "-o", "x"],
+  ):
+    assert "does not say for which value" in run(*verb, code=2)
+  with pytest.raises(pj.trees.errors.BaseMismatchError):
+    repo.commit(path, message="fix")
+  run("commit", path, "-m", "fix", "--any-base")
+  assert repo.show().tree == pj.trees.tree_id(value(5, v=7))
+  assert repo.objects.read(repo.show().patch) == path.read_bytes()
+  other = pj.diff(value(1), value(2)).replace(base="0" * 64)
+  with pytest.raises(pj.trees.errors.BaseMismatchError):
+    repo.commit(other, message="more")
+  repo.commit(other, message="more", any_base=True)
