@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from patchjax.history import known, processes
-from patchjax.history.parts import Parts, parts_of
+from patchjax.history.parts import Parts, joined, parts_of
 from patchjax.trees import digest as digests
 from patchjax.trees import dtypes, tiles
 from patchjax.trees.digest import Entry
@@ -199,29 +199,29 @@ class _Plan:
 
   Attributes:
     grid: how the leaf is cut.
-    value: the leaf, resharded if need be.
+    value: the leaf.
+    words: its words, resharded to whole tiles, if need be.
     owners: the processes that hash each tile: every one for local arrays
       (which must be equal), none for a tile that nobody holds.
   """
 
   grid: tiles.Grid
   value: Any
+  words: Any
   owners: tuple[tuple[int, ...], ...]
 
   @classmethod
   def of(cls, x: Any) -> _Plan:
-    itemsize = dtypes.itemsize(dtypes.dtype_name(x))
-    grid = tiles.grid(tuple(np.shape(x)), itemsize)
+    entry = Entry("", dtypes.dtype_name(x), tuple(np.shape(x)))
+    grid = _grid_of(entry)
     if is_local(x):
       everyone = tuple(range(processes.count()))
-      return cls(grid, x, (everyone,) * len(grid))
+      return cls(grid, x, None, (everyone,) * len(grid))
     owners = _owners(grid, x.sharding)
-    if () in owners and not dtypes.is_key(x):
-      shardings = coarser(x.sharding, grid)
-      if shardings is not None:
-        x = _reshard(x, *shardings)
-        owners = _owners(grid, x.sharding)
-    return cls(grid, x, owners)
+    if () not in owners or (shardings := coarser(x.sharding, grid)) is None:
+      return cls(grid, x, None, owners)
+    words = _reshard(x, entry, *shardings)
+    return cls(grid, x, words, _owners(grid, shardings[1]))
 
   def tiles_of(self, process: int) -> list[int]:
     """Returns the tiles that a process hashes."""
@@ -230,7 +230,11 @@ class _Plan:
   def hash_tiles(self, process: int) -> list[bytes]:
     """Returns the digests of the tiles that a process hashes."""
     regions = [self.grid[i] for i in self.tiles_of(process)]
-    return digests.hash_tiles(parts_of(self.value).read, regions)
+    if self.words is None:
+      return digests.hash_tiles(parts_of(self.value).read, regions)
+    held = parts_of(self.words)
+    inner = tiles.whole(self.words.shape[len(self.grid.shape) :])
+    return digests.hash_tiles(lambda r: held.read((*r, *inner)), regions)
 
 
 def _owners(grid: tiles.Grid, sharding: Any) -> tuple[tuple[int, ...], ...]:
@@ -274,7 +278,7 @@ def coarser(sharding: Any, grid: tiles.Grid) -> tuple[Any, Any] | None:
 
   if not isinstance(sharding, jax.sharding.NamedSharding):
     return None
-  mesh = sharding.mesh
+  mesh: Any = sharding.mesh
   sizes = dict(zip(mesh.axis_names, mesh.devices.shape))
   axes: dict[str, tuple[tuple[str, int], ...]] = {
     name: ((name, size),) for name, size in sizes.items()
@@ -331,12 +335,20 @@ def _is_prefix(sizes: Sequence[int], n: int) -> bool:
   return n == 1
 
 
-def _reshard(x: Any, fine: Any, coarse: Any) -> Any:
+def _reshard(x: Any, entry: Entry, fine: Any, coarse: Any) -> Any:
+  """Returns the words of a leaf in a coarser sharding."""
   import jax
 
-  shards = [shard.data for shard in x.addressable_shards]
-  x = jax.make_array_from_single_device_arrays(x.shape, fine, shards)
-  return jax.jit(lambda x: x, out_shardings=coarse)(x)
+  # As words: on their way through a collective, XLA rewrites NaNs of small
+  # floating point numbers, and writes past the end of arrays of int4.
+  parts = [(part.region, part.fetch()) for part in parts_of(x).parts]
+  words = joined(fine, entry, parts)
+  inner = [None] * (words.ndim - len(entry.shape))
+  spec = jax.sharding.PartitionSpec(*coarse.spec, *inner)
+  target = jax.sharding.NamedSharding(
+    coarse.mesh, spec, memory_kind=coarse.memory_kind
+  )
+  return jax.jit(lambda words: words, out_shardings=target)(words)
 
 
 def _exchanged(plan: _Plan) -> list[tuple[int, bytes]]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from patchjax.history import encodings
 from patchjax.trees import dtypes, tiles
+from patchjax.trees.digest import Entry
 from patchjax.trees.tiles import Region
 
 
@@ -130,9 +132,8 @@ def parts_of(x: Any) -> Parts:
   parts: dict[tuple[tuple[int, int], ...], Part] = {}
   for shard in shards:
     region = tiles.region_of(shard.index, shape)
-    key = tuple((s.start, s.stop) for s in region)
-    if key not in parts:
-      parts[key] = Part(region, shard.data)
+    if _bounds(region) not in parts:  # a replica has the same bits
+      parts[_bounds(region)] = Part(region, shard.data)
   return Parts(dtype, shape, tuple(parts.values()))
 
 
@@ -148,3 +149,48 @@ def _words(x: Any) -> np.ndarray:
     # JAX keeps the copy on the host as long as the array lives: this one goes.
     x = jax.make_array_from_single_device_arrays(x.shape, x.sharding, [x])
   return dtypes.host(x)[0]
+
+
+def joined(
+  sharding: Any, entry: Entry, parts: Sequence[tuple[Region, np.ndarray]]
+) -> Any:
+  """Returns words that lie where the shards of a leaf lie, as one array.
+
+  Args:
+    sharding: that of the leaf: a `NamedSharding` if the words have more axes.
+    entry: the leaf's dtype and shape.
+    parts: regions of the leaf and their words, or what was made of them: with
+      axes before those of the leaf, the same for all.
+  """
+  import jax
+
+  some = parts[0][1]
+  inner = encodings.words_shape(entry.dtype, entry.shape)[len(entry.shape) :]
+  lead = some.shape[: some.ndim - len(entry.shape) - len(inner)]
+  widened = sharding
+  if lead or inner:
+    spec = [*sharding.spec]
+    spec += [None] * (len(entry.shape) - len(spec))
+    widened = jax.sharding.NamedSharding(
+      sharding.mesh,
+      jax.sharding.PartitionSpec(
+        *[None] * len(lead), *spec, *[None] * len(inner)
+      ),
+      memory_kind=sharding.memory_kind,
+    )
+  found = {_bounds(region): array for region, array in parts}
+  arrays = []
+  held = sharding.addressable_devices_indices_map(entry.shape)
+  for device, index in held.items():
+    where = jax.sharding.SingleDeviceSharding(
+      device, memory_kind=sharding.memory_kind
+    )
+    region = tiles.region_of(index, entry.shape)
+    arrays.append(jax.device_put(found[_bounds(region)], where))
+  return jax.make_array_from_single_device_arrays(
+    (*lead, *entry.shape, *inner), widened, arrays, dtype=some.dtype
+  )
+
+
+def _bounds(region: Region) -> tuple[tuple[int, int], ...]:
+  return tuple((s.start, s.stop) for s in region)

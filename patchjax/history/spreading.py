@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from patchjax.history import encodings, known, processes
-from patchjax.history.parts import parts_of
+from patchjax.history.parts import joined, parts_of
 from patchjax.history.reading import LeafReader
 from patchjax.trees import dtypes, tiles
 from patchjax.trees.digest import Entry
@@ -34,7 +34,7 @@ def words(value: Any, entry: Entry) -> Any:
   found = processes.together(
     lambda: [(part.region, part.fetch()) for part in parts_of(value).parts]
   )
-  return _joined(value, entry, found)
+  return joined(value.sharding, entry, found)
 
 
 def encode(
@@ -88,7 +88,7 @@ def encode(
       found.append((part.region, encoding.encode(part.fetch(), old, shard)[""]))
     return found
 
-  return name, {"": _joined(value, entry, processes.together(make))}
+  return name, {"": joined(sharding, entry, processes.together(make))}
 
 
 def _bases(
@@ -113,37 +113,3 @@ def _choice(new: np.ndarray, old: np.ndarray, entry: Entry) -> str:
   sample = slice(start, start + _SAMPLE)
   few = Entry(entry.digest, entry.dtype, (len(new[sample]),))
   return encodings.choose(new[sample], old[sample], few, elementwise=True)[0]
-
-
-def _joined(
-  value: Any, entry: Entry, parts: Sequence[tuple[Region, np.ndarray]]
-) -> Any:
-  """Returns encoded shards as one array with the sharding of their leaf."""
-  import jax
-
-  inner = encodings.words_shape(entry.dtype, entry.shape)[len(entry.shape) :]
-  lead = parts[0][1].shape[: parts[0][1].ndim - len(entry.shape) - len(inner)]
-  sharding = value.sharding
-  if lead or inner:
-    spec = [*sharding.spec] + [None] * (value.ndim - len(sharding.spec))
-    spec = jax.sharding.PartitionSpec(
-      *[None] * len(lead), *spec, *[None] * len(inner)
-    )
-    sharding = jax.sharding.NamedSharding(
-      sharding.mesh, spec, memory_kind=sharding.memory_kind
-    )
-  found = {_bounds(region): array for region, array in parts}
-  arrays = []
-  for shard in value.addressable_shards:
-    where = jax.sharding.SingleDeviceSharding(
-      shard.device, memory_kind=sharding.memory_kind
-    )
-    data = found[_bounds(tiles.region_of(shard.index, entry.shape))]
-    arrays.append(jax.device_put(data, where))
-  return jax.make_array_from_single_device_arrays(
-    (*lead, *entry.shape, *inner), sharding, arrays, dtype=parts[0][1].dtype
-  )
-
-
-def _bounds(region: Region) -> tuple[tuple[int, int], ...]:
-  return tuple((s.start, s.stop) for s in region)
