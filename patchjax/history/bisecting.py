@@ -189,7 +189,7 @@ def _before(goods: Sequence[str], end: str, objects: Objects) -> Iterator[str]:
 
 
 def _best(
-  parents: Mapping[str, Sequence[str]], end: str, skipped: Collection[str]
+  parents: dict[str, tuple[str, ...]], end: str, skipped: Collection[str]
 ) -> str | None:
   """The candidate that halves the others best; None if none can be tested."""
   counts: dict[str, int] = {}  # of candidates that lead to each, and itself

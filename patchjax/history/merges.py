@@ -139,7 +139,9 @@ def merge(
   tips = contributing(repo, tip, refs)
   if len(tips) == 1:
     return tip  # everything is contained already
-  if fast_forward and len(tips) == 2 and graph.is_ancestor(*tips, objects):
+  if (
+    fast_forward and len(tips) == 2 and graph.is_ancestor(tip, tips[1], objects)
+  ):
     why = f"merge {', '.join(refs)}: fast-forward"
     reflog.move(repo, HEADS, target, old=tip, new=tips[1], why=why, who=author)
     return tips[1]
