@@ -188,6 +188,14 @@ class Files(abc.ABC):
     """
 
   @abc.abstractmethod
+  def prove(self) -> None:
+    """Makes sure that of several who swap a value one wins.
+
+    Raises:
+      RepositoryError: if a server ignores conditions: commits would be lost.
+    """
+
+  @abc.abstractmethod
   def delete(self, key: str) -> None:
     """Removes a file, or a folder with all that is in it, if it is there.
 
@@ -388,6 +396,9 @@ class LocalFiles(Files):
         "was written so far stays invisible"
       ) from error
     return written.generation != b""
+
+  def prove(self) -> None:
+    pass  # TensorStore locks the file
 
   def delete(self, key: str) -> None:
     path = self.path(key)

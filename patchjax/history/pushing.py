@@ -107,6 +107,7 @@ def push(
   names = [branches] if isinstance(branches, str) else list(branches)
   wanted = _wanted(repo, names, tags)
   target = _open_or_create(place)
+  target.files.prove()  # before all the copying
   theirs = {space: heads(target, space) for space in (HEADS, TAGS)}
   repo.objects.forget()
   updates = [

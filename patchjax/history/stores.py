@@ -8,7 +8,8 @@ where to look and who we are comes from the environment:
   `AWS_REGION` or `AWS_DEFAULT_REGION`, else the bucket is asked;
   `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` for stores that speak S3.
 * `gs://bucket/path`: `GOOGLE_APPLICATION_CREDENTIALS`, else what
-  `gcloud auth application-default login` left, else the machine's account.
+  `gcloud auth application-default login` left, else the machine's account;
+  `TENSORSTORE_GCS_HTTP_URL` for other endpoints.
 * `memory://path`: the memory of this process; for tests.
 
 A value is written by one request, so that it is there as a whole or not at
@@ -103,18 +104,23 @@ class StoreFiles(Files):
   def path(self, key: str) -> str:
     return self.root if key == "." else f"{self.root}/{key}"
 
+  def _full(self, key: str) -> str:
+    """Returns a key as it is in the bucket."""
+    parts = (self._prefix, key)
+    return "/".join(part for part in parts if part not in ("", "."))
+
   def spec(self, key: str) -> dict[str, Any]:
-    path = "/".join(
-      part for part in (self._prefix, key) if part not in ("", ".")
-    )
-    path += "/" if path else ""
+    path = self._full(key)
+    return self._spec(f"{path}/" if path else "")
+
+  def _spec(self, path: str) -> dict[str, Any]:
     if self.scheme == "memory":
       return {"driver": "memory", "path": f"{self._bucket}/{path}"}
     if self.scheme == "gs":
       return {"driver": "gcs", "bucket": self._bucket, "path": path}
     found = {"driver": "s3", "bucket": self._bucket, "path": path}
     region = _environment("AWS_REGION", "AWS_DEFAULT_REGION")
-    endpoint = _endpoint()
+    endpoint = _endpoint("s3")
     if endpoint is not None:
       found["endpoint"] = endpoint
       region = region or "us-east-1"
@@ -132,14 +138,16 @@ class StoreFiles(Files):
     import tensorstore as ts
 
     try:
-      return ts.KvStore.open(self.spec("."), context=self.context).result()
+      # The whole bucket: TensorStore cuts prefixes off without looking.
+      return ts.KvStore.open(self._spec(""), context=self.context).result()
     except _ERRORS as error:
       raise self._failed(".", "opened", error) from error
 
   def cache(self, name: str) -> str:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    place = hashlib.sha256(f"{_endpoint()} {self.root}".encode()).hexdigest()
-    return os.path.join(base, "patchjax", place[:32], name)
+    place = f"{_endpoint(self.scheme)} {self.root}".encode()
+    folder = hashlib.sha256(place).hexdigest()[:32]
+    return os.path.join(base, "patchjax", folder, name)
 
   def read(self, key: str) -> bytes:
     return self._read(key, None)
@@ -153,7 +161,7 @@ class StoreFiles(Files):
 
   def _read(self, key: str, part: slice | None) -> bytes:
     try:
-      found = self._store.read(key, byte_range=part).result()
+      found = self._store.read(self._full(key), byte_range=part).result()
     except _ERRORS as error:
       if str(error).startswith("OUT_OF_RANGE"):
         raise _PastTheEnd(key) from error
@@ -180,7 +188,7 @@ class StoreFiles(Files):
     return sorted(p[0] for p in places if p[1:] == [name])
 
   def read_all(self, keys: Iterable[str]) -> dict[str, bytes]:
-    asked = [(key, self._store.read(key)) for key in keys]
+    asked = [(key, self._store.read(self._full(key))) for key in keys]
     found = {}
     for key, future in asked:
       try:
@@ -194,7 +202,7 @@ class StoreFiles(Files):
   def _has(self, key: str) -> bool:
     try:
       # No bytes of it: this asks for the head alone.
-      found = self._store.read(key, byte_range=slice(0, 0)).result()
+      found = self._store.read(self._full(key), byte_range=slice(0, 0)).result()
     except _ERRORS as error:
       raise self._failed(key, "read", error) from error
     return found.state == "value"
@@ -204,21 +212,23 @@ class StoreFiles(Files):
     return self._has(key)
 
   def freshen(self, key: str) -> bool:
-    # Stores tell no times through TensorStore; see `collecting`.
-    return self.exists(key)
+    # TensorStore tells no times of a bucket's files.
+    return self._has(key)
 
   def _keys(self, folder: str) -> list[str]:
     """Returns the keys below a folder, relative to it."""
     import tensorstore as ts
 
-    prefix = "" if folder == "." else f"{folder}/"
+    prefix = self._full(folder)
     # "0" is the character after "/": all that starts with the prefix.
-    keys = ts.KvStore.KeyRange(prefix, prefix and f"{folder}0")
+    keys = ts.KvStore.KeyRange(prefix and f"{prefix}/", prefix and f"{prefix}0")
+    prefix += "/" if prefix else ""
     try:
-      found = self._store.list(keys, strip_prefix_length=len(prefix.encode()))
-      return sorted(key.decode() for key in found.result())
+      found = [key.decode() for key in self._store.list(keys).result()]
     except _ERRORS as error:
       raise self._failed(folder, "listed", error) from error
+    # Some servers return more than they were asked for.
+    return sorted(k.removeprefix(prefix) for k in found if k.startswith(prefix))
 
   def listing(self, folder: str) -> list[str]:
     return list(dict.fromkeys(k.partition("/")[0] for k in self._keys(folder)))
@@ -234,7 +244,9 @@ class StoreFiles(Files):
     ]
 
   def write_all(self, values: Mapping[str, bytes]) -> None:
-    written = [(key, self._store.write(key, values[key])) for key in values]
+    written = [
+      (key, self._store.write(self._full(key), values[key])) for key in values
+    ]
     for key, future in written:
       try:
         future.result()
@@ -251,13 +263,13 @@ class StoreFiles(Files):
         "condition that nobody has moved it; remove the file by hand while "
         "nobody pushes"
       )
-    self._prove()
+    self.prove()
     try:
-      found = self._store.read(key).result()
+      found = self._store.read(self._full(key)).result()
       if (bytes(found.value) if found.state == "value" else None) != old:
         return False
       written = self._store.write(
-        key, new, if_equal=found.stamp.generation
+        self._full(key), new, if_equal=found.stamp.generation
       ).result()
       # A lost swap does not raise: it answers with an empty generation. So
       # does one that was won, if the answer was lost and the request repeated.
@@ -266,37 +278,36 @@ class StoreFiles(Files):
       raise self._failed(key, "written", error) from error
 
   def _read_or_none(self, key: str) -> bytes | None:
-    found = self._store.read(key).result()
+    found = self._store.read(self._full(key)).result()
     return bytes(found.value) if found.state == "value" else None
 
-  def _prove(self) -> None:
-    """Refuses an S3 endpoint that ignores conditions: refs would be lost."""
-    if self._proven or self.scheme != "s3" or _endpoint() is None:
+  def prove(self) -> None:
+    if self._proven or _endpoint(self.scheme) is None:
       return
     key = f"{TEMPORARY}swap-{uuid.uuid4().hex}"
     try:
-      absent = self._store.read(key).result().stamp.generation
+      absent = self._store.read(self._full(key)).result().stamp.generation
       # TensorStore looks before it writes. All look before the first writes.
       race = [
-        self._store.write(key, str(number), if_equal=absent)
+        self._store.write(self._full(key), str(number), if_equal=absent)
         for number in range(_CONTENDERS)
       ]
       won = sum(write.result().generation != b"" for write in race)
-      self._store.write(key, None).result()
+      self._store.write(self._full(key), None).result()
     except _ERRORS as error:
       raise self._failed(key, "written", error) from error
     if won != 1:
       raise RepositoryError(
-        f"{self.root}: the S3 endpoint {_endpoint()} let {won} of "
-        f"{_CONTENDERS} writers create one key: it ignores the header "
-        "If-None-Match, so two pushes could lose a commit; nothing was pushed. "
-        "Use an endpoint with conditional writes, or gs://"
+        f"{self.root}: the endpoint {_endpoint(self.scheme)} let {won} of "
+        f"{_CONTENDERS} writers create one key: it ignores conditions "
+        "(If-None-Match, ifGenerationMatch), so two pushes could lose a "
+        "commit; nothing was moved. Use a store with conditional writes"
       )
     self._proven = True
 
   def delete(self, key: str) -> None:
     keys = [key, *(f"{key}/{name}" for name in self._keys(key))]
-    gone = [(name, self._store.write(name, None)) for name in keys]
+    gone = [(name, self._store.write(self._full(name), None)) for name in keys]
     for name, future in gone:
       try:
         future.result()
@@ -324,8 +335,11 @@ class _PastTheEnd(Exception):
   """Bytes were asked for that a value does not have."""
 
 
-def _endpoint() -> str | None:
-  return _environment("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+def _endpoint(scheme: str) -> str | None:
+  """Returns the endpoint of one's own, if there is one."""
+  if scheme == "s3":
+    return _environment("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+  return _environment("TENSORSTORE_GCS_HTTP_URL") if scheme == "gs" else None
 
 
 def _environment(*names: str) -> str | None:

@@ -149,7 +149,8 @@ class Transfer:
     for key in source.walk(pack):
       if key == f"{pack}/{INDEX}":
         continue
-      size = source.size(key)
+      # A store is not asked file by file.
+      size = source.size(key) if source.local else None
       whole = key in has and (
         not target.local or size is None or target.holds(key, size)
       )
