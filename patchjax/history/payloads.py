@@ -58,6 +58,7 @@ def save(
   arrays: Mapping[str, Any],
   *,
   metadata: dict[str, Any] | None = None,
+  compress: bool = True,
 ) -> None:
   """Writes arrays as an Orbax checkpoint: all of it or nothing.
 
@@ -67,6 +68,7 @@ def save(
       `jax.Array`s over any devices and processes, of which every process
       writes its shards (then it is called by all of them).
     metadata: JSON-able remarks for those who open it with Orbax.
+    compress: whether zstd is worth its price, which weights do not repay.
 
   Raises:
     RepositoryError: if it cannot be written; nothing stays behind.
@@ -77,7 +79,7 @@ def save(
   try:
     if "://" not in path:
       processes.together(lambda: _probe(path))
-    with _quiet(), _options(ocp, arrays):
+    with _quiet(), _options(ocp, arrays, compress):
       ocp.save(path, arrays, custom_metadata=metadata)
   except _STORAGE_ERRORS as error:
     folder, name = os.path.split(path)
@@ -107,12 +109,13 @@ def _check_scheme(path: str) -> None:
     )
 
 
-def _options(ocp: Any, arrays: Mapping[str, Any]) -> Any:
+def _options(ocp: Any, arrays: Mapping[str, Any], compress: bool) -> Any:
   """Returns the Orbax context to save in."""
   import jax
 
   context = ocp.Context()
   saving = context.array.saving
+  saving.use_compression = compress
   # A partial read decodes whole chunks.
   saving.storage_options.chunk_byte_size = _CHUNK
   # By default all that is compressed stays in memory until the end.
