@@ -11,8 +11,10 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 
 import patchjax as pj
@@ -390,6 +392,56 @@ def test_a_part_is_loaded_without_the_rest(repo):
   shutil.rmtree(repo.files.path(rest))
   found = Repo(repo.path).checkout(only="encoder/.*")
   assert bits(found) == bits(first)
+
+
+def test_a_model_is_streamed_leaf_by_leaf_and_slice_by_slice(repo):
+  value = {"layers": {str(i): {"w": noise(LARGE, i)} for i in range(4)}}
+  repo.commit(value, message="start")
+  value["layers"]["2"]["w"] = scattered(value["layers"]["2"]["w"], 50, 1)
+  repo.commit(value, message="sparse")
+  lazy = Repo(repo.path).open("main")
+  seen = {}
+  for name, expected in pj.trees.named_leaves(value).items():
+    leaf = lazy[name]
+    assert leaf.shape == LARGE
+    assert np.array_equal(leaf[10:20, ::2], expected[10:20, ::2])
+    seen[name] = leaf.read()
+  assert list(lazy) == list(seen)
+  assert bits(pj.trees.names.nested(seen)) == bits(value)
+
+
+def test_a_training_loop_saves_and_goes_on_as_if_never_stopped(repo):
+  optimizer = optax.adam(0.1)
+
+  @jax.jit
+  def step(state, key):
+    target = jax.random.normal(key, (160, 160))
+    gradient = jax.grad(lambda w: jnp.sum((w - target) ** 2))(state["w"])
+    # Adam raises a float to an integer power, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+      update, inner = optimizer.update(gradient, state["inner"])
+    return {"w": optax.apply_updates(state["w"], update), "inner": inner}
+
+  def train(state, first, last, saver=None):
+    for i in range(first, last):
+      key = jax.random.fold_in(jax.random.key(0), i)
+      values = step({"w": state["w"], "inner": state["inner"]}, key)
+      state = {**values, "step": i + 1}
+      if saver is not None:
+        saver.save(i + 1, state)
+    return state
+
+  start = jax.device_put(noise(LARGE))
+  start = {"w": start, "inner": optimizer.init(start), "step": 0}
+  expected = train(start, 0, 6)
+  with pj.history.Checkpointer(repo, every=2, keep_last=2) as saver:
+    train(start, 0, 4, saver)
+  with pj.history.Checkpointer(Repo(repo.path), every=2) as saver:
+    state = saver.restore(start)
+    assert state["step"] == saver.latest_step == 4
+    found = train(state, state["step"], 6, saver)
+  assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+  assert set(repo.checkout(only="w")) == {"w"}  # without the optimizer
 
 
 def test_a_diff_has_numbers(repo):
