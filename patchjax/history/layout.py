@@ -48,10 +48,15 @@ def place(path: str | os.PathLike[str], *, remote: bool = False) -> str:
     )
   from patchjax.history.stores import SCHEMES
 
-  if scheme not in SCHEMES:
+  if scheme not in SCHEMES or not rest.strip("/"):
     raise RepositoryError(
       f"{text!r} is no place for a repository: expected a folder, "
       "gs://BUCKET/PATH or s3://BUCKET/PATH"
+    )
+  if found := sorted(set(text) & set("[]*?#%")):
+    raise RepositoryError(
+      f"{text!r} contains {' '.join(found)}, which Google's file system takes "
+      "for a pattern and would lose payloads by; choose another path"
     )
   return text.rstrip("/")
 

@@ -13,7 +13,7 @@ from patchjax.history.files import is_temporary
 
 LARGE = (150, 200)  # 120 kB of noise: a payload of its own, and no blob
 
-_SERVER = """
+_S3 = """
 import logging, sys, threading
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication
@@ -42,24 +42,85 @@ sys.stdin.read()
 """
 
 
+_GCS = """
+import sys, threading
+from http import HTTPStatus
+from gcp_storage_emulator.exceptions import NotFound
+from gcp_storage_emulator.handlers import objects
+
+lock = threading.Lock()
+
+def generation(storage, bucket, name):
+  try:
+    return str(storage.get_file_obj(bucket, name)["generation"])
+  except NotFound:
+    return "0"
+
+def conditional(real):
+  # The emulator knows neither conditions nor empty values; the store does.
+  def call(request, response, storage, *args, **kwargs):
+    if request.query.get("uploadType") == ["media"] and request.data is None:
+      request._data = b""
+    wanted = request.query.get("ifGenerationMatch")
+    bucket = request.params["bucket_name"]
+    name = request.params.get("object_id") or request.query["name"][0]
+    with lock:
+      if wanted and wanted[0] != generation(storage, bucket, name):
+        response.status = HTTPStatus.PRECONDITION_FAILED
+        return None
+      return real(request, response, storage, *args, **kwargs)
+  return call
+
+def labelled(real):
+  def call(request, response, storage, *args, **kwargs):
+    names = (request.params[key] for key in ("bucket_name", "object_id"))
+    response["x-goog-generation"] = generation(storage, *names)
+    return real(request, response, storage, *args, **kwargs)
+  return call
+
+objects.delete = conditional(objects.delete)
+objects.insert = conditional(objects.insert)
+objects.download = labelled(objects.download)
+
+from gcp_storage_emulator.server import create_server
+
+server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+server.start()
+print(server._api._httpd.socket.getsockname()[1], flush=True)
+sys.stdin.read()
+"""
+
+
 @contextlib.contextmanager
-def s3_server(*options):
-  """Yields the endpoint of a fake S3 with one bucket, on loopback."""
+def _server(program, *options):
   process = subprocess.Popen(
-    [sys.executable, "-W", "ignore", "-c", _SERVER, *options],
+    [sys.executable, "-W", "ignore", "-c", program, *options],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
     text=True,
   )
   try:
-    endpoint = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-    request = urllib.request.Request(f"{endpoint}/bucket", method="PUT")
-    urllib.request.urlopen(request).close()
-    yield endpoint
+    yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
   finally:
     process.stdin.close()
     process.stdout.close()
+    process.kill()
     process.wait()
+
+
+@contextlib.contextmanager
+def s3_server(*options):
+  """Yields the endpoint of a fake S3 with one bucket, on loopback."""
+  with _server(_S3, *options) as endpoint:
+    request = urllib.request.Request(f"{endpoint}/bucket", method="PUT")
+    urllib.request.urlopen(request).close()
+    yield endpoint
+
+
+def gcs_server():
+  """Yields the endpoint of a fake Google storage with one bucket."""
+  return _server(_GCS)
 
 
 def value(seed=0, leaves=3):
