@@ -204,8 +204,15 @@ class Index:
     Returns:
       `{digest: locations}`; an empty list for what is not stored.
     """
-    found: dict[str, list[Location]] = {digest: [] for digest in digests}
-    wanted = list(found)
+    wanted = list(dict.fromkeys(digests))
+    try:
+      return self._find(wanted)
+    except sqlite3.DatabaseError:
+      self._mend()
+      return self._find(wanted)
+
+  def _find(self, wanted: list[str]) -> dict[str, list[Location]]:
+    found: dict[str, list[Location]] = {digest: [] for digest in wanted}
     with self._database() as database:
       # A statement a leaf was a fifth of the cost of a small commit.
       for start in range(0, len(wanted), _AT_ONCE):
@@ -216,7 +223,10 @@ class Index:
           f" ({marks}) order by depth, pack",
           some,
         ):
-          found[row[0]].append(Location(*row))
+          place = Location(*row)
+          if not isinstance(place.depth, int):
+            raise sqlite3.DatabaseError(f"a depth of {place.depth!r}")
+          found[row[0]].append(place)
     return found
 
   def forget(self) -> None:
@@ -236,10 +246,13 @@ class Index:
       with self._database() as database:
         self._refresh(database)
     except sqlite3.DatabaseError:
-      # A damaged cache is no loss.
-      self.forget()
-      with self._database() as database:
-        self._refresh(database)
+      self._mend()
+
+  def _mend(self) -> None:
+    """Makes the cache anew: a damaged one is no loss."""
+    self.forget()
+    with self._database() as database:
+      self._refresh(database)
 
   @contextlib.contextmanager
   def _database(self) -> Iterator[sqlite3.Connection]:

@@ -51,8 +51,14 @@ class LeafReader:
     self.index.refresh()
     unique = {entry.digest: entry for entry in entries.values()}
     words = {d: empty(entry) for d, entry in unique.items() if not entry.size}
-    session = _Session(self)
-    words |= session.decode({d: e for d, e in unique.items() if d not in words})
+    for again in (False, True):
+      absent = {d: e for d, e in unique.items() if d not in words}
+      if again:
+        if not absent:
+          break
+        self._look_again()
+      session = _Session(self)
+      words |= session.decode(absent)
     bad = {name: e for name, e in entries.items() if e.digest not in words}
     if bad:
       raise IntegrityError(self._explain(bad, session.why))
@@ -79,6 +85,13 @@ class LeafReader:
     session = _Session(self)
     session.plan({entry.digest for _, entry, _ in wanted if entry.size})
     found = each(lambda item: session.region(item[1], item[2]), wanted)
+    if any(words is None for words in found):
+      self._look_again()
+      session = _Session(self)
+      found = [
+        session.region(item[1], item[2]) if words is None else words
+        for item, words in zip(wanted, found)
+      ]
     bad = {
       name: entry
       for (name, entry, _), words in zip(wanted, found)
@@ -87,6 +100,15 @@ class LeafReader:
     if bad:
       raise IntegrityError(self._explain(bad, session.why))
     return [words for words in found if words is not None]
+
+  def _look_again(self) -> None:
+    """Reads all indices anew, before a leaf is given up.
+
+    The cache may be damaged, or a `gc` in another process may just have taken
+    a copy that it knew to lie elsewhere too.
+    """
+    self.index.forget()
+    self.index.refresh()
 
   def verify(
     self, entries: Mapping[str, Entry]
