@@ -30,6 +30,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchjax.history import processes
 from patchjax.history.refs import HEADS, TAGS, check_name
 from patchjax.trees.errors import (
   ConflictError,
@@ -133,11 +134,8 @@ class Checkpointer:
     self._keep_best = keep_best
     self._grace = grace
     self._author = author
-    self._worker = (
-      concurrent.futures.ThreadPoolExecutor(1, "checkpointer")
-      if asynchronous
-      else None
-    )
+    self._asynchronous = asynchronous
+    self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpointer")
     self._running: concurrent.futures.Future[None] | None = None
 
   def __enter__(self) -> Checkpointer:
@@ -156,24 +154,19 @@ class Checkpointer:
     try:
       self.wait()
     finally:
-      if self._worker is not None:
-        self._worker.shutdown()
+      self._worker.shutdown()
 
   def wait(self) -> None:
     """Waits until the last step is stored; raises what went wrong."""
     running, self._running = self._running, None
-    if running is None:
-      return
-    error = running.exception()
-    if _anywhere(error is not None):
-      raise error or RepositoryError(
-        "another process could not store the last step; it says why"
-      )
+    if running is not None:
+      # Of several processes one moves the refs; all know when it has.
+      processes.together(running.result)
 
   @property
   def all_steps(self) -> tuple[int, ...]:
     """The steps that are kept, in order."""
-    self.wait()
+    self._settle()
     return tuple(self._steps())
 
   @property
@@ -192,7 +185,7 @@ class Checkpointer:
       raise ValueError(
         'which step is best? Give keep_best=(metric, "min" or "max")'
       )
-    self.wait()
+    self._settle()
     return self._best(self._steps())
 
   def metrics(self, step: int) -> dict[str, float]:
@@ -204,7 +197,7 @@ class Checkpointer:
     Raises:
       RefNotFoundError: if it is not kept.
     """
-    self.wait()
+    self._settle()
     return _metrics(self.repo.objects.commit(self._commit_of(step)))
 
   def save(
@@ -235,18 +228,8 @@ class Checkpointer:
     if step % self._every and not force:
       return False
     self.wait()
-    steps = self._steps()
-    if steps and step <= max(steps):
-      raise ConflictError(
-        f"step {step} of branch {self.branch!r} comes after step {max(steps)}, "
-        "which is stored already; to train on from an earlier step, give the "
-        "run a branch of its own: "
-        f"repo.branch(name, at={self._tag(step)!r}), "
-        "Checkpointer(repo, branch=name)"
-      )
     spelled = {k: _number(k, v) for k, v in (metrics or {}).items()}
-    tip = self.repo.refs.get(HEADS, self.branch)
-    base = self._base(tip)
+    tip, base = processes.first(lambda: self._start_of(step))
     commit = self.repo.commit(
       state,
       message=_message(step, spelled),
@@ -261,13 +244,9 @@ class Checkpointer:
       },
     )
 
-    def finish() -> None:
-      self._publish(step, commit, tip)
-
-    if self._worker is None:
-      finish()
-    else:
-      self._running = self._worker.submit(finish)
+    self._running = self._worker.submit(self._publish, step, commit, tip)
+    if not self._asynchronous:
+      self.wait()
     return True
 
   def restore(
@@ -289,16 +268,40 @@ class Checkpointer:
       RefNotFoundError: if there is no such step.
       MismatchError: if `like` has other leaves; lists every one.
     """
-    found = {"latest": lambda: self.latest_step, "best": lambda: self.best_step}
-    number = found[step]() if isinstance(step, str) else step
     self.wait()
+    number = step
+    if isinstance(step, str):
+      if step not in ("latest", "best"):
+        raise ValueError(
+          f'step={step!r}: expected a number, "latest" or "best"'
+        )
+      number = self.best_step if step == "best" else self.latest_step
     if number is None:
       raise RefNotFoundError(
         f"branch {self.branch!r} of {self.repo.path} has no {step} step: "
         "nothing was saved yet"
         + (" with that metric" if step == "best" else "")
       )
-    return self.repo.checkout(self._commit_of(number), like=like, only=only)
+    commit = self._commit_of(operator.index(number))
+    return self.repo.checkout(commit, like=like, only=only)
+
+  def _settle(self) -> None:
+    """Waits for this process alone; what went wrong is raised later."""
+    if self._running is not None:
+      self._running.exception()
+
+  def _start_of(self, step: int) -> tuple[str | None, str | None]:
+    """Where the branch is, and what a new step follows."""
+    latest = max(self._steps(), default=None)
+    if latest is not None and step <= latest:
+      raise ConflictError(
+        f"step {step} of branch {self.branch!r}: expected one after {latest}, "
+        "which is stored already; to train on from an earlier step, give the "
+        f"run a branch of its own: repo.branch(name, at={self._tag(latest)!r})"
+        ", Checkpointer(repo, branch=name)"
+      )
+    tip = self.repo.refs.get(HEADS, self.branch)
+    return tip, self._base(tip)
 
   def _tag(self, step: int) -> str:
     return f"steps/{self.branch}/{step}"
@@ -337,9 +340,7 @@ class Checkpointer:
 
   def _publish(self, step: int, commit: str, tip: str | None) -> None:
     """Names a stored step, and lets go of those that are not kept."""
-    import jax
-
-    if jax.process_index():
+    if processes.index():
       return  # one process moves refs
     # Tag first: a process killed in between has lost nothing, and the next
     # one finds its latest step by the tags.
@@ -382,18 +383,6 @@ class Checkpointer:
       if value is not None and not math.isnan(value)
     }
     return max(scores, key=lambda step: scores[step], default=None)
-
-
-def _anywhere(failed: bool) -> bool:
-  """Whether this process, or any other of a program of several, failed."""
-  import jax
-
-  if jax.process_count() == 1:
-    return failed
-  import numpy as np
-  from jax.experimental import multihost_utils
-
-  return bool(multihost_utils.process_allgather(np.bool_(failed)).any())
 
 
 def _step(commit: Commit, branch: str) -> int | None:

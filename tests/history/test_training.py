@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import time
 
 import jax.numpy as jnp
@@ -240,3 +241,21 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_happened(
   first, *_, ended = trainer.process(shared, "loop", path, steps)
   assert int(first.removeprefix("from ")) >= 10
   assert ended == trainer.process(shared, "run", tmp_path / "whole", steps)[-1]
+
+
+def test_two_processes_keep_one_run(repo, tmp_path_factory):
+  repo.commit({"w": np.zeros(8, np.float32)}, message="start")
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  shared = tmp_path_factory.getbasetemp()
+  pair = [
+    trainer.begin(shared, "pair", repo.path, port, process)
+    for process in range(2)
+  ]
+  said = [process.communicate(timeout=120)[0] for process in pair]
+  assert [process.returncode for process in pair] == [0, 0]
+  for text in said:
+    seen = ["RepositoryError", (3, 4), (4, 6, 7)]
+    assert text.splitlines()[-1] == str(seen)
+  assert repo.fsck().ok

@@ -3,6 +3,7 @@
     run REPO STEPS          trains from the start, committing the last state
     resume REPO STEPS       restores the tip in this process, and goes on
     loop REPO STEPS EVERY   trains through the hook, from where it was left
+    pair REPO PORT PROCESS  saves and restores as one of two processes
 
 Prints the digest of the state it ends with.
 """
@@ -21,7 +22,9 @@ import optax
 
 import patchjax as pj
 from patchjax.history import Record, Repo
+from patchjax.history.refs import TAGS
 from patchjax.history.state import arrays
+from patchjax.trees.errors import RepositoryError
 
 
 def begin(folder, *arguments):
@@ -168,7 +171,56 @@ def loop(repo, steps, every):
     return state
 
 
+def pair(repo, process):
+  """Saves a spread array by two processes; returns what one of them sees."""
+  from patchjax.history.training import Checkpointer
+
+  mesh = jax.make_mesh((4,), ("x",))
+  where = jax.NamedSharding(mesh, jax.P("x"))
+  seen = []
+  for asynchronous in (True, False):
+    with Checkpointer(
+      repo, keep_last=2, keep_every=4, asynchronous=asynchronous, grace=0
+    ) as saver:
+      for number in range(1, 5) if asynchronous else range(5, 8):
+        host = np.arange(8, dtype=np.float32) * number
+        w = jax.make_array_from_callback((8,), where, host.__getitem__)
+        saver.save(number, {"w": w, "step": number})
+        if number == 3:
+          # What goes wrong in the process that moves the refs, in both.
+          saver.wait()
+          if not process:
+            repo.refs.move(
+              TAGS, "steps/main/4/x", old=None, new=repo.resolve("main")
+            )
+          try:
+            saver.save(4, {"w": w, "step": 4})
+            saver.wait()
+          except RepositoryError as error:
+            seen.append(type(error).__name__)
+          if not process:
+            repo.refs.move(
+              TAGS, "steps/main/4/x", old=repo.resolve("main"), new=None
+            )
+          saver.wait()
+      back = saver.restore({"w": w, "step": 0})
+      assert back["w"].sharding == where and back["step"] == number
+      for shard in back["w"].addressable_shards:
+        assert np.array_equal(shard.data, host[shard.index])
+      saver.wait()
+      seen.append(saver.all_steps)
+  return seen
+
+
 def main(verb, path, steps, every="1"):
+  if verb == "pair":
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(
+      f"localhost:{steps}", num_processes=2, process_id=int(every)
+    )
+    print(pair(Repo(path), int(every)), flush=True)
+    jax.distributed.shutdown()
+    return
   jax.config.update("jax_num_cpu_devices", 4)
   repo = Repo.init(path)
   if verb == "loop":
