@@ -235,11 +235,15 @@ class _Session:
     for digest in sorted(chain, key=lambda digest: self.places[digest].depth):
       place = self.places[digest]
       base = done.get(place.base) if place.base is not None else None
-      found = self._decode_one(place, chain[digest], None, base)
       if place.base is not None:
         uses[place.base] -= 1
         if not uses[place.base]:
           done.pop(place.base, None)
+        if base is not None and (uses[place.base] or place.base in wanted):
+          # Decoding takes over what it may write to.
+          base = base.view()
+          base.flags.writeable = False
+      found = self._decode_one(place, chain[digest], None, base)
       if found is None:
         continue
       if uses[digest]:

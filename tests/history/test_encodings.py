@@ -161,6 +161,24 @@ def test_a_writeable_base_is_taken_over_and_another_left_alone():
   assert np.shares_memory(sparse.decode(entry, None, fetch, base), base)
 
 
+def test_versions_read_together_do_not_share_memory():
+  value = {"x": np.arange(60_000, dtype=np.float32)}
+  with pj.Repo.temporary() as repo:
+    expected = {}
+    for step in range(4):
+      value = {"x": value["x"].copy()}
+      value["x"][step] = -1
+      expected[repo.commit(value, message="step")] = value["x"]
+    repo = pj.Repo(repo.path)
+    entries = {id_: repo.tree(id_)["x"] for id_ in expected}
+    repo.index.refresh()
+    places = repo.index.find(entry.digest for entry in entries.values())
+    assert max(found[0].depth for found in places.values()) == 3
+    words = repo.reader.read(entries)
+    for id_, x in expected.items():
+      assert np.array_equal(words[id_], dtypes.to_words(x))
+
+
 # Against what plain Python says.
 
 
