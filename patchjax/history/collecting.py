@@ -130,6 +130,13 @@ def gc(
     removed nothing: 0 bytes
     kept 2 objects, 1 packs
   """
+  if not repo.files.local:
+    raise RepositoryError(
+      f"{repo.path}: gc was not run: files in a bucket do not say when they "
+      "were used last, so what a writer is about to use cannot be told from "
+      "what nobody needs. A clone takes along only what refs lead to: clone "
+      "to a new place, and remove the old one"
+    )
   now = time.time()
   age = _seconds("grace", grace)
   # Without grace nothing is fresh, however coarse the clock of the files is.
