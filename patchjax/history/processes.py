@@ -19,6 +19,8 @@ from patchjax.trees.errors import PatchjaxError, RepositoryError
 
 _Out = TypeVar("_Out")
 
+_BLOCK = 4088  # bytes of most messages, with their length 4 KiB
+
 
 def count() -> int:
   """Returns how many processes act as one: those of `jax.distributed`."""
@@ -41,17 +43,27 @@ def gather(data: bytes) -> list[bytes]:
   """
   if count() == 1:
     return [data]
+  # Every length is a program to compile: most of what is said fits into one
+  # block, and what does not is rounded up to a power of two.
+  head = len(data).to_bytes(8, "little") + data[:_BLOCK]
+  rows = _allgather(head, 8 + _BLOCK)
+  sizes = [int.from_bytes(row[:8], "little") for row in rows]
+  longest = max(sizes) - _BLOCK
+  if longest <= 0:
+    return [row[8 : 8 + size] for row, size in zip(rows, sizes)]
+  rests = _allgather(data[_BLOCK:], 1 << (longest - 1).bit_length())
+  return [
+    (row[8:] + rest)[:size] for row, rest, size in zip(rows, rests, sizes)
+  ]
+
+
+def _allgather(data: bytes, size: int) -> list[bytes]:
   import numpy as np
   from jax.experimental import multihost_utils
 
-  sizes = multihost_utils.process_allgather(np.int32(len(data)))
-  longest = int(sizes.max())
-  if not longest:
-    return [b""] * len(sizes)
-  padded = np.zeros(longest, np.uint8)
+  padded = np.zeros(size, np.uint8)
   padded[: len(data)] = np.frombuffer(data, np.uint8)
-  rows = multihost_utils.process_allgather(padded)
-  return [row[:size].tobytes() for row, size in zip(rows, sizes)]
+  return [row.tobytes() for row in multihost_utils.process_allgather(padded)]
 
 
 def share(function: Callable[[], bytes]) -> list[bytes]:
