@@ -151,7 +151,7 @@ def revert(
       message=message,
       author=author,
     )
-  _committed(repo, branch, made, as_json)
+  emit(as_json, _made(repo, branch, made), _said(repo, branch, made))
 
 
 @click.command("cherry-pick")
@@ -169,12 +169,17 @@ def cherry_pick(
 ) -> None:
   """Do what the commits REFS did to the tip of a branch, one after another."""
   repo = open_repo()
+  done = []
   for ref in [repo.resolve(ref) for ref in refs]:
     with waiting(f"picking {ref[:12]}"):
       made = repo.cherry_pick(
         ref, branch=branch, mainline=mainline, method=method
       )
-    _committed(repo, branch, made, as_json)
+    done.append(_made(repo, branch, made))
+    if not as_json:  # as it happens: a later one may be a conflict
+      emit(False, None, _said(repo, branch, made))
+  if as_json:
+    emit(True, done, "")
 
 
 @click.command()
@@ -199,10 +204,12 @@ def rebase(
   emit(as_json, value, f"{branch} is up to date" if made == old else done)
 
 
-def _committed(repo: Repo, branch: str, made: str, as_json: bool) -> None:
-  stored = repo.show(made)
-  value = {"commit": made, "branch": branch, "tree": stored.tree}
-  emit(as_json, value, f"[{branch} {made[:12]}] {stored.title}")
+def _made(repo: Repo, branch: str, commit: str) -> dict[str, str]:
+  return {"commit": commit, "branch": branch, "tree": repo.show(commit).tree}
+
+
+def _said(repo: Repo, branch: str, commit: str) -> str:
+  return f"[{branch} {commit[:12]}] {repo.show(commit).title}"
 
 
 VERBS = (blame, merge_base, replay, revert, cherry_pick, rebase)

@@ -93,7 +93,7 @@ def _is_commit(name: str, objects: Objects) -> bool:
 
 
 def _parent(text: str, name: str, number: int, objects: Objects) -> str:
-  parents = objects.commit(name).parents
+  parents = objects.parents(name)
   if len(parents) < number:
     raise RefNotFoundError(
       f"{text!r} goes too far: commit {name[:12]} has {len(parents)} "

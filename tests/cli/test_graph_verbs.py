@@ -145,8 +145,10 @@ def test_revert_pick_and_rebase(repo):
   assert 'Revert "side"' in run("log", "-n", "1")
   assert "--mainline" in run("revert", "--help")
   assert "mainline=1" in run("revert", "main~1", code=2)
-  run("cherry-pick", "side")
+  [picked] = run_json("cherry-pick", "side")
+  assert picked["commit"] == repo.resolve("main")
   assert repo.show().author == "Bob"
+  assert "has all that" in run("cherry-pick", "side", code=2)
   repo.branch("topic", "v1")
   repo.commit(value(5), message="five", branch="topic")
   assert "4 of 4 entries" in run("rebase", "main", "topic", code=2)
