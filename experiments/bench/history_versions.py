@@ -57,7 +57,9 @@ def run(settings: Settings, dtype: Any) -> Section:
   """
   versions = workload.versions(settings.params, dtype)
   makers, remarks = peers_of(
-    settings, [Patchjax, Orbax, Safetensors], [git.GitLfs, ice.Icechunk]
+    settings,
+    [Patchjax, ours.Holding, Orbax, Safetensors],
+    [git.GitLfs, ice.Icechunk],
   )
   if settings.params >= 1e6:
     # What only happens once in a process is nobody's cost.
@@ -113,7 +115,7 @@ def _verbs(peers: Sequence[Peer]) -> dict[tuple[str, str], timing.Cost]:
   """Measures what belongs to a repository, and its like in Orbax."""
   found = {}
   for peer in peers:
-    if isinstance(peer, Patchjax):
+    if type(peer) is Patchjax:
       found |= {(US, what): cost for what, cost in ours.verbs(peer).items()}
     elif isinstance(peer, Orbax):
       found[ORBAX, ours.PARTIAL] = peer.partial(-1, "layers/3/")

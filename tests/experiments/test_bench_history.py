@@ -28,7 +28,8 @@ def settings(tmp_path):
 def test_versions_are_stored_read_and_compared(settings, dtype):
   section = history_versions.run(settings, dtype)
   times, sizes, others = section.tables
-  assert times.columns[1:4] == ("patchjax", "Orbax", "safetensors")
+  peers = ("patchjax", "parent held", "Orbax", "safetensors")
+  assert times.columns[1:5] == peers
   assert len(times.rows) == 5 + 3
   assert [row[0] for row in sizes.rows][-1] == "all"
   assert {row[0] for row in others.rows} >= {

@@ -23,15 +23,18 @@ class Patchjax:
     repo: the repository.
     commits: ids in the order of versions.
     like: what the versions look like.
+    holds: whether the arrays of the version before are alive at a commit.
   """
 
   name = "patchjax"
+  holds = False
 
   def __init__(self, folder: pathlib.Path):
     self.repo = pj.Repo.init(folder)
     self.commits: list[str] = []
     self.like: Any = None
     self._folder = folder
+    self._held: Any = None
 
   def commit(self, version: workload.Version) -> timing.Cost:
     """Commits arrays on the device, or the patch."""
@@ -40,9 +43,14 @@ class Patchjax:
       value = jax.tree.map(jnp.array, version.value)
     self.like = workload.abstract(version.value)
     jax.block_until_ready(value)
-    return timing.cost(
+    taken = timing.cost(
       lambda: self.commits.append(self.repo.commit(value, message=version.name))
     )
+    if self.holds:
+      # A patch has no arrays of its result: they are those of a checkout.
+      made = version.patch is None
+      self._held = value if made else self.repo.checkout(like=self.like)
+    return taken
 
   def checkout(self, number: int) -> timing.Cost:
     """Reads a version onto the device, every digest verified."""
@@ -61,6 +69,18 @@ class Patchjax:
 
   def close(self) -> None:
     """There is nothing to end."""
+
+
+class Holding(Patchjax):
+  """A repository that is given a value while the one before is in memory.
+
+  Attributes:
+    name: `parent held`.
+    holds: True.
+  """
+
+  name = "parent held"
+  holds = True
 
 
 NOTHING = "commit of what has not changed"
