@@ -34,6 +34,11 @@ def export(repo: Repo, ref: str, path: str | os.PathLike[str]) -> None:
   from patchjax.history import encodings, payloads
 
   path = os.path.abspath(os.path.expanduser(path))
+  if path.endswith((".safetensors", ".npz")):
+    raise RepositoryError(
+      f"{path}: expected the name of a folder for an Orbax checkpoint; files "
+      "of other libraries are written by patchjax.interop.export"
+    )
   if os.path.exists(path):
     raise RepositoryError(f"{path} exists already; choose a new folder")
   commit = repo.show(ref)

@@ -28,7 +28,7 @@ import numpy as np
 
 from patchjax.history import processes
 from patchjax.history.files import TEMPORARY, Files
-from patchjax.trees.errors import FormatError, IntegrityError, RepositoryError
+from patchjax.trees.errors import IntegrityError, RepositoryError
 
 _STATE = "state"  # Orbax's folder for a pytree
 _NODES = 32 << 20  # bytes of OCDBT nodes kept in memory
@@ -274,35 +274,6 @@ def _check_region(
       f"the array {key!r} has the shape {shape}: it does not hold the region "
       f"{[(s.start, s.stop) for s in region]}"
     )
-
-
-def load_tree(path: str) -> Any:
-  """Reads the whole pytree of any Orbax checkpoint, with arrays on the host.
-
-  Args:
-    path: folder of the checkpoint, of whatever origin.
-
-  Returns:
-    The pytree as Orbax rebuilds it (dicts and lists); arrays are numpy's, so
-    that 64 bits stay 64 bits; Python numbers and strings as they are.
-
-  Raises:
-    FormatError: if it is no Orbax checkpoint, or cannot be read.
-  """
-  import jax
-  from orbax.checkpoint import v1 as ocp
-
-  try:
-    with _quiet():
-      kinds = jax.tree.map(
-        lambda x: np.ndarray if hasattr(x, "shape") else type(x),
-        ocp.metadata(path).metadata,
-      )
-      return ocp.load(path, kinds)
-  except _STORAGE_ERRORS as error:
-    raise FormatError(
-      f"{path} is not a readable Orbax checkpoint: {_brief(error)}"
-    ) from error
 
 
 def _brief(error: BaseException) -> str:

@@ -15,7 +15,12 @@ from patchjax.history import Record, Repo
 from patchjax.interop import files
 from patchjax.patches import storage
 from patchjax.trees import dtypes
-from patchjax.trees.errors import DtypeError, FormatError, StructureError
+from patchjax.trees.errors import (
+  DtypeError,
+  FormatError,
+  RepositoryError,
+  StructureError,
+)
 
 
 def some(name, seed=0):
@@ -266,3 +271,9 @@ def test_suffixes_are_paths_too():
     pathlib.Path("a.npz"),
     "npz",
   )
+
+
+def test_the_history_alone_writes_orbax_only(tmp_path, repo):
+  repo.commit({"w": np.ones(2)}, message="m")
+  with pytest.raises(RepositoryError, match=r"patchjax\.interop\.export"):
+    repo.export("main", tmp_path / "a.safetensors")
