@@ -5,11 +5,20 @@ decode itself (a difference in every word), a chain of such differences would
 have to be undone one after the other: then the new leaf rather starts from
 below them, where it costs hardly more bytes. Unless it changes few words of
 the parent: then nothing is as small as saying which.
+
+Measured on a fine-tune that changes everything (float32, CPU time of a
+verified checkout over that of a plain Orbax load): 0.7 for a whole leaf, 1.3
+for one such difference, 2.0 for two, 2.6 for three. And the bytes: on a random
+walk the difference to a fixed leaf grows by half a bit for each doubling of
+the steps, so at some point storing the leaf whole is cheaper than what all
+later versions would pay for the old one. The sum is smallest where that is a
+tenth of the leaf more than the difference to the parent would take, for
+float32 and bfloat16 alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -21,6 +30,8 @@ from patchjax.trees import dtypes, tiles
 from patchjax.trees.digest import Entry
 from patchjax.trees.errors import IntegrityError
 
+_EXCESS = 0.1  # of a leaf: what a far base may cost more than the parent
+_HEAVY = 3  # differences in every word that factors may lie on top of
 _FEW = 1 / 6  # share of changed words up to which their places are worth saying
 
 
@@ -28,6 +39,7 @@ def bases(
   leaves: Mapping[str, tuple[Entry, Parts | None]],
   index: Index,
   reader: LeafReader,
+  patched: Collection[str] = (),
 ) -> dict[str, Location]:
   """Returns where the bases of leaves are stored.
 
@@ -36,6 +48,8 @@ def bases(
       if this process does not hold them all.
     index: of the repository.
     reader: reads tiles of parents.
+    patched: names of leaves that a patch made: they are differences to the
+      parent, whose factors are smaller than anything else.
 
   Returns:
     `{name: place}` of the leaves that may be differences.
@@ -48,17 +62,17 @@ def bases(
     heavy = [i for i, place in enumerate(chain) if _is_heavy(place)]
     light = heavy[-1] + 1 if heavy else 0
     if light < len(chain):
-      found[name] = chain[light]
-    if light and new is not None:
-      doubtful[name] = (old, new)
-  found |= {
-    name: chains[leaves[name][0].digest][0] for name in _near(doubtful, reader)
-  }
-  return {
-    name: place
-    for name, place in found.items()
-    if place.depth < encodings.MAX_DEPTH
-  }
+      # At the end of a long chain a difference to its start is the next one.
+      deep = chain[light].depth >= encodings.MAX_DEPTH
+      found[name] = chain[-1] if deep else chain[light]
+    if light and chain[0].depth < encodings.MAX_DEPTH:
+      if name in patched and len(heavy) < _HEAVY:
+        found[name] = chain[0]
+      elif new is not None:
+        doubtful[name] = (old, new, found.get(name))
+  near, dropped = _near(doubtful, reader)
+  found |= {name: chains[leaves[name][0].digest][0] for name in near}
+  return {name: at for name, at in found.items() if name not in dropped}
 
 
 def _chains(digests: set[str], index: Index) -> dict[str, list[Location]]:
@@ -89,31 +103,64 @@ def _is_heavy(place: Location) -> bool:
 
 
 def _near(
-  leaves: Mapping[str, tuple[Entry, Parts]], reader: LeafReader
-) -> list[str]:
-  """Returns the leaves that share nearly all words with the parent's.
+  leaves: Mapping[str, tuple[Entry, Parts, Location | None]],
+  reader: LeafReader,
+) -> tuple[list[str], list[str]]:
+  """Returns the leaves close to the parent, and those far from their base.
 
   Looks at one tile of each.
   """
-  regions = {}
-  theirs: dict[str, np.ndarray] = {}
-  for name, (old, _) in leaves.items():
-    grid = tiles.grid(old.shape, dtypes.itemsize(old.dtype))
-    regions[name] = grid[len(grid) // 2]
-    held = known.parts_of(old.digest)
+  near, far = [], []
+  regions = {
+    name: grid[len(grid) // 2]
+    for name, (old, _, _) in leaves.items()
+    for grid in [tiles.grid(old.shape, dtypes.itemsize(old.dtype))]
+  }
+  parents = {name: old for name, (old, _, _) in leaves.items()}
+  theirs = _tiles(parents, regions, reader)
+  for name, words in theirs.items():
+    new = leaves[name][1].read(regions[name])
+    if np.count_nonzero(words != new) <= _FEW * words.size:
+      near.append(name)
+  below = {
+    name: Entry(place.digest, old.dtype, old.shape)
+    for name, (old, _, place) in leaves.items()
+    if place is not None and name in theirs and name not in near
+  }
+  for name, words in _tiles(below, regions, reader).items():
+    new = leaves[name][1].read(regions[name])
+    whole, size = _sizes(new, words, below[name])
+    if size > _sizes(new, theirs[name], below[name])[1] + _EXCESS * whole:
+      far.append(name)
+  return near, far
+
+
+def _sizes(
+  new: np.ndarray, old: np.ndarray, entry: Entry
+) -> tuple[float, float]:
+  """Returns what a tile takes whole, and as a difference."""
+  sizes = encodings.measure(new, old, entry)
+  plain = sizes.pop(encodings.plain_encoding(entry.dtype))
+  return plain, min(sizes.values())
+
+
+def _tiles(
+  leaves: Mapping[str, Entry],
+  regions: Mapping[str, tiles.Region],
+  reader: LeafReader,
+) -> dict[str, np.ndarray]:
+  """Returns one tile of each leaf that can be read."""
+  found = {}
+  for name, entry in leaves.items():
+    held = known.parts_of(entry.digest)
     if held is not None and held.is_whole:
-      theirs[name] = held.read(regions[name])
-  absent = [name for name in leaves if name not in theirs]
+      found[name] = held.read(regions[name])
+  absent = [name for name in leaves if name not in found]
   try:
     read = reader.read_regions(
-      [(name, leaves[name][0], regions[name]) for name in absent]
+      [(name, leaves[name], regions[name]) for name in absent]
     )
-    theirs |= dict(zip(absent, read, strict=True))
+    found |= dict(zip(absent, read, strict=True))
   except IntegrityError:
-    pass  # a damaged parent is no base
-  return [
-    name
-    for name, words in theirs.items()
-    if np.count_nonzero(words != leaves[name][1].read(regions[name]))
-    <= _FEW * words.size
-  ]
+    pass  # a damaged leaf is no base
+  return found

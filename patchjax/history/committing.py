@@ -112,7 +112,7 @@ def record(
     lambda: [repo.objects.freshen(parent) for parent in parents]
   )
   # The order matters: what a ref can reach is written before the ref.
-  entries = repo.writer.write(named, old)
+  entries = repo.writer.write(named, old, patch)
   # Of several processes the first one moves the branch, and tells the others.
   return processes.first(
     lambda: land(

@@ -36,11 +36,13 @@ from patchjax.history import (
   listing,
   merges,
   notes,
+  pending,
   proposals,
   pushing,
   rebasing,
   recipes,
   reflog,
+  repack,
   reverting,
 )
 from patchjax.history.files import open_files
@@ -403,9 +405,11 @@ class Repo:
   rebase = rebasing.rebase
   bisect = bisecting.bisect
   open = lazy.open_lazily
+  commit_async = pending.commit_async
   patch_of = proposals.patch_of
   fsck = check
   gc = collecting.gc
+  repack = repack.repack
   export = exporting.export
   clone = staticmethod(fetching.clone)
   fetch = fetching.fetch

@@ -33,10 +33,12 @@ from patchjax.history import (
   payloads,
   processes,
   spreading,
+  superseding,
 )
 from patchjax.history import index as indices
 from patchjax.history.files import Files
-from patchjax.history.index import INDEX, Index, Location
+from patchjax.history.index import Index, Location
+from patchjax.history.objects import Objects
 from patchjax.history.parts import parts_of
 from patchjax.history.reading import LeafReader
 from patchjax.history.threads import each
@@ -53,6 +55,8 @@ from patchjax.trees.errors import (
 # bytes, so that who opens it with Orbax finds them all.
 _REPEATED = 64 * 1024
 
+_APART = 1 << 20  # bytes from which on they are worth a payload of their own
+
 _GROUP = 128 << 20
 """Bytes of leaves that are encoded at a time."""
 
@@ -66,6 +70,7 @@ class _Leaf:
   value: Any
   tiles: str | None
   base: Location | None = None
+  factors: encodings.Factors | None = None
 
   @property
   def nbytes(self) -> int:
@@ -84,9 +89,10 @@ class _Leaf:
     if encodings.ENCODINGS[encoding].delta:
       assert self.base is not None
       of, depth = self.base.digest, self.base.depth + 1
-    return Location(
-      self.entry.digest, "", self.name, encoding, of, depth, self.tiles
-    )
+    key = self.name
+    if self.factors is not None and encoding == encodings.FACTORS.name:
+      key = self.factors.key
+    return Location(self.entry.digest, "", key, encoding, of, depth, self.tiles)
 
 
 @dataclasses.dataclass
@@ -105,6 +111,10 @@ class _Pack:
       self.arrays[encodings.key_of(leaf.name, part)] = array
     if encoding == encodings.WORDS.name:
       self.words[leaf.name] = leaf.entry.dtype
+
+  @property
+  def nbytes(self) -> int:
+    return sum(array.nbytes for array in self.arrays.values())
 
   def merge(self, other: _Pack) -> None:
     """Adds all of another pack."""
@@ -128,20 +138,25 @@ class LeafWriter:
     self.reader = reader
 
   def write(
-    self, named: Mapping[str, Any], parent: Mapping[str, Entry]
+    self,
+    named: Mapping[str, Any],
+    parent: Mapping[str, Entry],
+    patch: str | None = None,
   ) -> dict[str, Entry]:
     """Stores what is not stored yet, and returns the entries of all leaves.
 
     Args:
       named: `{text name: leaf}`; an `Entry` stands for a leaf that is stored.
       parent: the entries of the version before, if there is one.
+      patch: id of the patch file that made the value of the version before,
+        if one did.
 
     Raises:
       StructureError: if there are no leaves, or names that cannot be stored.
       DtypeError: lists every leaf that is no array that JAX can hold.
       RepositoryError: if the disk is full or cannot be written.
     """
-    named = processes.together(lambda: _checked(named))
+    named = processes.together(lambda: checked(named))
     values = {k: x for k, x in named.items() if not isinstance(x, Entry)}
     found = digesting.digest(values, parent)
     entries = {
@@ -168,30 +183,22 @@ class LeafWriter:
       repeated = (
         {} if parent else {k: v for k, v in held.items() if k in values}
       )
-      self._store(self._based(leaves, parent), repeated)
+      self._store(self._based(leaves, parent, patch), repeated)
     return entries
 
   def _stored(self, digests: Iterable[str]) -> list[str]:
     """Returns which leaves are stored, and keeps them from a `gc`."""
     self.index.refresh()
-    places = self.index.find(digests)
-    packs = {place.pack for found in places.values() for place in found}
-    fresh = {pack for pack in packs if self._freshened(pack)}
-    return [
-      digest
-      for digest, found in places.items()
-      if any(place.pack in fresh for place in found)
-    ]
-
-  def _freshened(self, pack: str) -> bool:
-    key = pack if pack.startswith("blobs/") else f"{pack}/{INDEX}"
-    # What belongs to another user cannot be freshened: it is there, at least.
-    return self.files.freshen(key) or self.files.exists(key)
+    return sorted(superseding.claim(self.files, self.index, digests))
 
   def _based(
-    self, leaves: Sequence[_Leaf], parent: Mapping[str, Entry]
+    self,
+    leaves: Sequence[_Leaf],
+    parent: Mapping[str, Entry],
+    patch: str | None,
   ) -> list[_Leaf]:
     """Adds to each leaf the base that it may be a difference to."""
+    factors = encodings.factors_of(patch, Objects(self.files).read)
 
     def decide() -> dict[str, Any]:
       wanted = {
@@ -201,7 +208,7 @@ class LeafWriter:
         and (old.dtype, old.shape) == (leaf.entry.dtype, leaf.entry.shape)
         and leaf.nbytes >= encodings.SMALLEST
       }
-      found = basing.bases(wanted, self.index, self.reader)
+      found = basing.bases(wanted, self.index, self.reader, factors)
       return {
         name: dataclasses.asdict(place) | {"tiles": None}
         for name, place in found.items()
@@ -209,7 +216,14 @@ class LeafWriter:
 
     bases = processes.first(decide) if parent else {}
     return [
-      dataclasses.replace(leaf, base=Location(**bases[leaf.name]))
+      dataclasses.replace(
+        leaf,
+        base=Location(**bases[leaf.name]),
+        # Of the parent, not of what lies below it.
+        factors=factors.get(leaf.name)
+        if bases[leaf.name]["digest"] == parent[leaf.name].digest
+        else None,
+      )
       if leaf.name in bases
       else leaf
       for leaf in leaves
@@ -235,9 +249,13 @@ class LeafWriter:
       if leaf.base is None:
         name = encodings.plain_encoding(leaf.entry.dtype)
         pack.add(leaf, name, _whole(leaf))
-    pack.merge(differences)
-    if pack.places:
-      self._save(pack, repeated)
+    if min(pack.nbytes, differences.nbytes) < _APART:
+      pack.merge(differences)
+      differences = _Pack()
+    # What is worth compressing, and what is not, are read at different prices.
+    for part in (pack, differences):
+      if part.places:
+        self._save(part, repeated)
 
   def _encoded(
     self, group: Sequence[_Leaf]
@@ -250,7 +268,10 @@ class LeafWriter:
       bases = self._bases(whole)
       work = each(
         lambda leaf: encodings.choose(
-          parts_of(leaf.value).words(), bases.get(leaf.name), leaf.entry
+          parts_of(leaf.value).words(),
+          bases.get(leaf.name),
+          leaf.entry,
+          factors=leaf.factors,
         ),
         whole,
       )
@@ -310,7 +331,12 @@ class LeafWriter:
       "aliases": aliases,
     }
     name = processes.first(lambda: f"payloads/{uuid.uuid4().hex}")
-    payloads.save(self.files.path(name), arrays, metadata=metadata)
+    payloads.save(
+      self.files.path(name),
+      arrays,
+      metadata=metadata,
+      compress=processes.first(lambda: _worth(pack)),
+    )
     processes.first(lambda: indices.write(self.files, name, spelled))
 
   def _save_blob(self, pack: _Pack, spelled: dict[str, Any]) -> bool:
@@ -352,6 +378,24 @@ def _whole(leaf: _Leaf) -> dict[str, Any]:
   return {"": encodings.to_stored(words, leaf.entry.dtype)}
 
 
+def _worth(pack: _Pack) -> bool:
+  """Returns whether most bytes of a pack are worth compressing."""
+  gain = 0
+  for place in pack.places:
+    encoding = encodings.ENCODINGS[place.encoding]
+    for part in encoding.parts:
+      array = pack.arrays[encodings.key_of(place.key, part)]
+      if encoding.delta:
+        worth = not encoding.coded
+      elif isinstance(array, np.ndarray):
+        worth = encodings.compressible(array)
+      else:
+        # On an accelerator: weights are not, anything else may be.
+        worth = np.dtype(array.dtype).kind not in "fcV"
+      gain += array.nbytes if worth else -array.nbytes
+  return gain > 0
+
+
 def _groups(leaves: Sequence[_Leaf]) -> Iterator[list[_Leaf]]:
   """Yields leaves in groups of a bounded number of bytes."""
   group: list[_Leaf] = []
@@ -366,8 +410,16 @@ def _groups(leaves: Sequence[_Leaf]) -> Iterator[list[_Leaf]]:
     yield group
 
 
-def _checked(named: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the leaves that are stored, once all of them can be."""
+def checked(named: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the leaves that are stored, once all of them can be.
+
+  Args:
+    named: `{text name: leaf}`.
+
+  Raises:
+    StructureError: if there are none.
+    DtypeError: lists every leaf that cannot be stored.
+  """
   named = _arrays(named)
   if not named:
     raise StructureError(

@@ -44,4 +44,4 @@ from patchjax.history.encodings.plain import (
 from patchjax.history.encodings.planes import PLANES, from_planes, to_planes
 
 MAX_DEPTH = 8
-"""Longest chain of differences; the next version is stored whole."""
+"""Longest chain of differences; the next one starts below it."""

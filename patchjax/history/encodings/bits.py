@@ -96,4 +96,4 @@ def _decode(
   return words
 
 
-BITS = Encoding("bits", _encode, _decode, delta=True, heavy=True)
+BITS = Encoding("bits", _encode, _decode, delta=True, heavy=True, coded=True)

@@ -69,6 +69,7 @@ class Encoding:
     elementwise: whether shards can be encoded one by one, in place: there is
       one array, `[planes, *words]` of a delta, `[*leaf]` of a whole leaf.
     heavy: whether decoding takes time for each word, changed or not.
+    coded: whether what it stores is compressed already.
   """
 
   name: str
@@ -78,6 +79,7 @@ class Encoding:
   delta: bool = False
   elementwise: bool = False
   heavy: bool = False
+  coded: bool = False
 
 
 def word_of(dtype: str) -> np.dtype:

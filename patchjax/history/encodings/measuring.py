@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import threading
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+  import tensorstore as ts
 
 _WORTH = 0.75  # of the bytes: more is not worth compressing
 
@@ -55,19 +59,30 @@ def compressed(x: np.ndarray) -> int:
   Args:
     x: array of a plain dtype.
   """
+  octets = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+  array = _store(octets.size, threading.get_ident())
+  array.write(octets).result()
+  store = array.kvstore
+  assert store is not None  # every zarr array has one
+  return len(store.read("c/0").result().value)
+
+
+@functools.lru_cache(maxsize=64)
+def _store(size: int, thread: int) -> ts.TensorStore:
+  """Returns an array in memory, one a thread: opening one takes longest."""
   import tensorstore as ts
 
-  octets = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-  array = ts.open(
+  del thread
+  return ts.open(
     {
       "driver": "zarr3",
       "kvstore": {"driver": "memory", "path": "sample/"},
       "metadata": {
-        "shape": [octets.size],
+        "shape": [size],
         "data_type": "uint8",
         "chunk_grid": {
           "name": "regular",
-          "configuration": {"chunk_shape": [octets.size]},
+          "configuration": {"chunk_shape": [size]},
         },
         # Orbax's own choice for its checkpoints.
         "codecs": [
@@ -80,7 +95,3 @@ def compressed(x: np.ndarray) -> int:
     create=True,
     context=ts.Context(),
   ).result()
-  array.write(octets).result()
-  store = array.kvstore
-  assert store is not None  # every zarr array has one
-  return len(store.read("c/0").result().value)

@@ -140,4 +140,4 @@ def _places(
   return tuple(axis[inside] for axis in axes), inside
 
 
-SPARSE = Encoding("sparse", _encode, _decode, delta=True)
+SPARSE = Encoding("sparse", _encode, _decode, delta=True, coded=True)
