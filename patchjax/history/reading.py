@@ -129,9 +129,11 @@ class LeafReader:
     for digest, places in self.index.find(entries).items():
       entry = entries[digest]
       used |= {place.pack for place in places}
-      if digest not in good:
-        why[digest].append(session.why.get(digest, "stored in no payload"))
-      for place in places[1:]:
+      if not places:
+        why[digest].append("stored in no payload")
+      # The first place was read with the others; if in vain, that may be due
+      # to a copy of its base.
+      for place in places[1:] if digest in good else places:
         session.why.pop(digest, None)
         if session.read_from(place, entry, None) is None:
           why[digest].append(session.why[digest])

@@ -2,15 +2,15 @@
 
 After a repack, and after two writers raced, a leaf lies in more than one
 place. A pack is needed if some leaf is read best from it. Of a pack that is
-needed every leaf stays readable: a leaf that an index lists counts as stored,
-and the next commit may rely on it.
+needed every leaf stays readable: a leaf that an index lists, with all that it
+is a difference to, counts as stored, and the next commit may rely on it.
 """
 
 from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from patchjax.history import encodings
 from patchjax.history.files import Files
@@ -126,27 +126,20 @@ def chain(
   return None
 
 
-def claim(
-  files: Files,
-  index: Index,
-  digests: Iterable[str],
-  *,
-  safe: Collection[str] = (),
-) -> set[str]:
+def claim(files: Files, index: Index, digests: Iterable[str]) -> set[str]:
   """Returns which leaves need not be written, and keeps them from a `gc`.
 
   Args:
     files: files of the repository.
     index: its combined index, refreshed.
     digests: digests of leaves that a commit is going to refer to.
-    safe: those that a version refers to which no `gc` takes.
 
   Returns:
     Leaves that are stored with all that they are differences to.
   """
   found = {d: places for d, places in chains(index, digests).items() if places}
   keys = {d: _keys(places) for d, places in found.items()}
-  touched = set().union(*(keys[d] for d in keys.keys() - set(safe)))
+  touched = set().union(*keys.values())
   # What belongs to another user cannot be freshened: it is there, at least.
   gone = {k for k in touched if not files.freshen(k) and not files.exists(k)}
   return {digest for digest in found if not keys[digest] & gone}
