@@ -51,13 +51,12 @@ class LeafReader:
     self.index.refresh()
     unique = {entry.digest: entry for entry in entries.values()}
     words = {d: empty(entry) for d, entry in unique.items() if not entry.size}
-    for again in (False, True):
-      absent = {d: e for d, e in unique.items() if d not in words}
-      if again:
-        if not absent:
-          break
-        self._look_again()
+    session = _Session(self)
+    words |= session.decode({d: e for d, e in unique.items() if d not in words})
+    if len(words) < len(unique):
+      self._look_again()
       session = _Session(self)
+      absent = {d: e for d, e in unique.items() if d not in words}
       words |= session.decode(absent)
     bad = {name: e for name, e in entries.items() if e.digest not in words}
     if bad:
