@@ -220,6 +220,40 @@ def test_only_reads_the_parameters(repo):
   assert set(saver.restore(only="params/.*")) == {"params"}
 
 
+@pytest.mark.parametrize("at", range(1, 5))
+def test_a_death_between_any_two_moves_loses_nothing(repo, monkeypatch, at):
+  rules = {"keep_last": 2, "keep_every": 4, "grace": 0}
+  with Checkpointer(repo, **rules) as saver:
+    for step in range(1, 4):
+      saver.save(step, state(step))
+  # A save moves a tag and the branch, and removes a tag; then gc.
+  moves = []
+
+  def swap(*arguments, **options):
+    moves.append(arguments)
+    if len(moves) == at:
+      raise SystemExit("killed")
+    return real(*arguments, **options)
+
+  real = repo.files.swap
+  with monkeypatch.context() as patched, pytest.raises(SystemExit):
+    patched.setattr(repo.files, "swap", swap)
+    with Checkpointer(repo, **rules) as saver:
+      saver.save(4, state(4))
+      saver.save(5, state(5))
+  again = Checkpointer(Repo(repo.path), **rules)
+  latest = again.latest_step
+  assert latest == (3 if at == 1 else 4)
+  for step in again.all_steps:
+    assert same(again.restore(state(0), step=step), state(step))
+  for step in range(latest + 1, 8):
+    again.save(step, state(step))
+  again.close()
+  assert again.all_steps == (4, 6, 7)
+  assert stored(repo) == ["step 4", "step 6", "step 7"]
+  assert repo.fsck().ok
+
+
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_happened(
   tmp_path, tmp_path_factory
 ):
