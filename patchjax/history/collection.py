@@ -65,7 +65,7 @@ class Collection:
     if len(self.marks.leaves) > before:
       kept = self._kept(packs)
     nodes = self._dead(objects, notes, packs, kept)
-    for key in marking.expired(self.repo, self.oldest):
+    for key in marking.expired(self.files, self.oldest):
       self.kinds[key] = "reflog"
       self._remove(key)
     gone = set(sweeping.sweep(nodes, self._remove))
@@ -118,13 +118,20 @@ class Collection:
 
   def _mark(self) -> dict[str, str]:
     """Marks what is reachable; returns `{commit: its latest note}`."""
-    before = set(self.marks.absent)
-    self.marks.extend(marking.roots(self.repo, since=self.oldest))
+    marks = self.marks
+    before = set(marks.absent)
+    marks.extend(marking.roots(self.files))
     notes = self.repo.refs.all(NOTES)
-    self.marks.extend(
-      note for commit, note in notes.items() if commit in self.marks.objects
-    )
-    bad = [text for id_, text in self.marks.absent.items() if id_ not in before]
+    marks.extend(note for c, note in notes.items() if c in marks.objects)
+    bad = [text for id_, text in marks.absent.items() if id_ not in before]
+    # What a killed writer's entry names may be there in part.
+    before |= set(marks.absent)
+    marks.extend(marking.logged(self.files, since=self.oldest))
+    bad += [
+      text
+      for id_, text in marks.absent.items()
+      if id_ not in before and self.files.exists(key_of(id_))
+    ]
     if bad:
       listed = "\n".join(f"  {text}" for text in bad)
       raise IntegrityError(

@@ -17,7 +17,6 @@ from patchjax.history.refs import NOTES
 from patchjax.trees.errors import IntegrityError
 
 if TYPE_CHECKING:
-  from patchjax.history.repo import Repo
   from patchjax.trees.digest import Entry
 
 LOGS = "logs"
@@ -128,26 +127,39 @@ class Marks:
       self.leaves.update((e.digest, e) for e in found.leaves if e.size)
 
 
-def roots(repo: Repo, *, since: float) -> list[str]:
-  """Returns the ids that refs, other than notes, and reflog entries hold.
+def roots(files: Files) -> list[str]:
+  """Returns the ids that refs, other than notes, hold.
 
   Args:
-    repo: the repository.
-    since: seconds since 1970; older reflog entries hold nothing.
+    files: files of the repository.
 
   Raises:
     IntegrityError: if one of them is damaged.
   """
   found = []
-  for key in repo.files.walk("refs"):
+  for key in files.walk("refs"):
     if not key.startswith(f"{NOTES}/"):
-      found += held(repo.files, key)
-  for key in repo.files.walk(LOGS):
-    if _time(key) >= since:
-      # A move that never came may name what was never written.
-      ids = moved(repo.files, key)
-      found += [id_ for id_ in ids if repo.files.exists(key_of(id_))]
+      found += held(files, key)
   return found
+
+
+def logged(files: Files, *, since: float) -> list[str]:
+  """Returns the ids that reflog entries name, as far as they are there.
+
+  Those of a move that never came may not have been written, or in part.
+
+  Args:
+    files: files of the repository.
+    since: seconds since 1970; older entries hold nothing.
+
+  Raises:
+    IntegrityError: if an entry is damaged.
+  """
+  found: dict[str, None] = {}
+  for key in files.walk(LOGS):
+    if _time(key) >= since:
+      found |= dict.fromkeys(moved(files, key))
+  return [id_ for id_ in found if files.exists(key_of(id_))]
 
 
 def held(files: Files, key: str) -> list[str]:
@@ -172,14 +184,14 @@ def held(files: Files, key: str) -> list[str]:
   return [text[:-1]]
 
 
-def expired(repo: Repo, before: float) -> list[str]:
+def expired(files: Files, before: float) -> list[str]:
   """Returns the keys of the reflog entries older than a time.
 
   Args:
-    repo: the repository.
+    files: files of the repository.
     before: seconds since 1970.
   """
-  return [key for key in repo.files.walk(LOGS) if _time(key) < before]
+  return [key for key in files.walk(LOGS) if _time(key) < before]
 
 
 def moved(files: Files, key: str) -> list[str]:

@@ -6,12 +6,13 @@ import shutil
 import time
 import uuid
 
+import jax
 import numpy as np
 import pytest
 
-from patchjax.history import Repo, index, payloads, sweeping
-from patchjax.trees import errors
-from tests.history.test_traps import files_below, flip
+from patchjax.history import Repo, index, sweeping
+from patchjax.trees import dtypes, errors
+from tests.history.accidents import files_below, flip
 
 RNG = np.random.default_rng(0)
 LARGE = RNG.standard_normal((200, 300)).astype(np.float32)
@@ -201,6 +202,63 @@ def test_the_reflog_holds_what_it_names_until_it_expires(repo):
   check(repo)
 
 
+def test_a_commit_that_was_written_in_part_is_no_obstacle(repo):
+  """Killed between the entry of the reflog, the commit, and its trees."""
+  commit = lost_branch(repo, params(1))
+  entry(repo, repo.resolve("main"), commit, 1)
+  tree = repo.show(commit).tree
+  repo.files.delete(f"objects/{tree[:2]}/{tree[2:]}")
+  age(repo)
+  assert kinds(Repo(repo.path).gc()) == ["payload"]
+  check(repo, "main")
+  assert kinds(Repo(repo.path).gc(expire=0)).count("commit") == 1
+
+
+def test_a_patch_file_stays_while_leaves_are_read_from_it(repo):
+  """A leaf held as factors outlives the commit that brought the factors."""
+  import patchjax as pj
+
+  rng = np.random.default_rng(1)
+  base = {"w": rng.standard_normal((256, 256)).astype(np.float32)}
+  patch = pj.tuning.lora(jax.random.key(0), base, rank=2)
+  values, rebuild = pj.trainable(patch)
+  patch = rebuild(jax.tree.map(lambda x: x + np.float32(0.1), values))
+  root = repo.commit(base, message="base", branch="base", parents=[])
+  tuned = repo.commit(patch, message="patch", branch="base", on=root)
+  value = repo.checkout(tuned)
+  repo.index.refresh()
+  [place] = repo.index.find([repo.tree(tuned)["w"].digest]).popitem()[1]
+  assert place.encoding == "factors"
+  repo.commit(value, message="value", branch="value", parents=[root])
+  assert repo.show("value").patch is None
+  lose(repo, "base")
+  age(repo)
+  assert kinds(repo.gc()) == ["commit"]
+  found = Repo(repo.path).checkout("value")
+  assert np.array_equal(found["w"], value["w"])
+  assert check(repo).dangling == ()
+
+
+def test_what_is_read_from_a_lost_pack_stays(repo, monkeypatch):
+  """A leaf of a lost version, used again in a value of its own."""
+  lost_branch(repo, params(1))
+  age(repo)
+  real = sweeping.Bin.remove
+  commits = []
+
+  def racing(bin_, key, **options):
+    if not commits:
+      value = {**params(1), "more": np.float32(1)}
+      again = {"message": "again", "branch": "again", "parents": ["main"]}
+      commits.append(Repo(repo.path).commit(value, **again))
+    return real(bin_, key, **options)
+
+  monkeypatch.setattr(sweeping.Bin, "remove", racing)
+  assert kinds(repo.gc()) == ["commit", "tree"]
+  assert np.array_equal(Repo(repo.path).checkout("again")["x"], params(1)["x"])
+  check(repo)
+
+
 def test_a_remote_tracking_ref_holds_its_commit(repo):
   commit = lost_branch(repo, params(1))
   repo.files.write("refs/remotes/origin/main", f"{commit}\n".encode())
@@ -212,8 +270,7 @@ def copy_pack(repo, generation=1):
   """Repacks the only payload as it is."""
   [pack] = repo.index.packs()
   copy = f"payloads/{uuid.uuid4().hex}"
-  arrays = payloads.load(repo.files.path(pack), ["x"])
-  payloads.save(repo.files.path(copy), arrays)
+  shutil.copytree(repo.files.path(pack), repo.files.path(copy))
   document = json.loads(repo.files.read(f"{pack}/{index.INDEX}"))
   index.write(repo.files, copy, document["entries"], generation=generation)
   return pack, copy
@@ -244,6 +301,32 @@ def test_a_damaged_copy_supersedes_nothing(repo):
   shutil.rmtree(repo.files.path(copy))
   assert check(repo, "main")
   assert repo.index.packs() == [pack]
+
+
+def test_who_was_about_to_read_the_old_copy_reads_the_new_one(
+  repo, monkeypatch
+):
+  pack, _ = copy_pack(repo)
+  reader = Repo(repo.path)
+  # The old copy is the best known, and goes when the plan is made.
+  reader.index.refresh()
+  real, calls = index.Index.refresh, []
+
+  def refresh(self):
+    if not calls:
+      calls.append(repo.gc())
+    else:
+      real(self)
+
+  places = reader.index.find([repo.tree()["x"].digest]).popitem()[1]
+  assert pack in {place.pack for place in places}
+  tree = reader.tree()
+  monkeypatch.setattr(index.Index, "refresh", refresh)
+  monkeypatch.setattr(repo.index, "refresh", lambda: real(repo.index))
+  assert np.array_equal(
+    dtypes.from_words(reader.reader.read(tree)["x"], "float32"), LARGE
+  )
+  assert [item.key for item in calls[0].removed] == [pack]
 
 
 def test_nothing_goes_while_something_needed_is_damaged(repo):
