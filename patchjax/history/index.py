@@ -25,6 +25,7 @@ from patchjax.trees.errors import IntegrityError
 
 INDEX = "index.json"
 _CACHE = "index.sqlite"
+_BATCH = 256  # indices that are asked for at a time
 _TABLES = """
 create table if not exists packs (pack text primary key) without rowid;
 create table if not exists locations (
@@ -135,11 +136,24 @@ def read(files: Files, pack: str) -> list[Location]:
     IntegrityError: if it is damaged.
     FileNotFoundError: if there is none.
   """
+  return _locations(files.read(key_of(pack)), pack)
+
+
+def key_of(pack: str) -> str:
+  """Returns the key of the file that holds the index of a pack.
+
+  Args:
+    pack: `payloads/<uuid>` or `blobs/<digest>`.
+  """
+  return pack if pack.startswith("blobs/") else f"{pack}/{INDEX}"
+
+
+def _locations(data: bytes, pack: str) -> list[Location]:
   folder, name = pack.split("/")
   if folder == "blobs":
-    entries = blobs.read_header(files.read(pack), name)[0]["index"]
+    entries = blobs.read_header(data, name)[0]["index"]
   else:
-    entries = parse(files.read(f"{pack}/{INDEX}"), pack)
+    entries = parse(data, pack)
   return [Location(digest=d, pack=pack, **item) for d, item in entries.items()]
 
 
@@ -288,16 +302,22 @@ class Index:
     self.damaged.clear()
     found: list[Location] = []
     new = []
-    for pack in sorted(present - known):
-      if is_temporary(pack.partition("/")[2]):
-        continue
-      try:
-        found += read(self.files, pack)
-        new.append(pack)
-      except IntegrityError as error:
-        self.damaged[pack] = str(error)
-      except FileNotFoundError:
-        continue  # being written, or removed since it was listed
+    unknown = [
+      pack
+      for pack in sorted(present - known)
+      if not is_temporary(pack.partition("/")[2])
+    ]
+    for start in range(0, len(unknown), _BATCH):
+      batch = unknown[start : start + _BATCH]
+      data = self.files.read_all(map(key_of, batch))
+      for pack in batch:
+        if key_of(pack) not in data:
+          continue  # being written, or removed since it was listed
+        try:
+          found += _locations(data[key_of(pack)], pack)
+          new.append(pack)
+        except IntegrityError as error:
+          self.damaged[pack] = str(error)
     gone = [(pack,) for pack in known - present]
     if not (new or gone):
       return
