@@ -61,6 +61,9 @@ def log(
   tips = [*names] if every else []
   listing = Listing(repo, [*refs, *tips] or ["main"], name)
   commits = itertools.islice(listing, limit)
+  if not as_json:
+    for commit in repo.objects.shallow:
+      names[commit].append("history cut here: fetch --complete")
   if as_json:
     emit(True, [_commit_json(commit, names) for commit in commits], "")
   elif graph:
@@ -257,11 +260,15 @@ def reflog(name: str, limit: int | None, as_json: bool) -> None:
 
 def _names(repo: Repo) -> dict[str, list[str]]:
   """Branches and tags by the commit they name, as git decorates a log."""
+  from patchjax.history.refs import REMOTES
+
   names = collections.defaultdict(list)
   for branch, commit in repo.branches().items():
     names[commit].append(branch)
   for tag, commit in repo.tags().items():
     names[commit].append(f"tag: {tag}")
+  for branch, commit in repo.refs.readable(REMOTES)[0].items():
+    names[commit].append(branch)
   return names
 
 

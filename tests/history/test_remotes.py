@@ -537,5 +537,10 @@ def test_the_command_line(repo, tmp_path):
   run("-C", ours, "push")
   assert same(repo, Repo(ours))
   run("-C", ours, "remote", "remove", "backup")
-  clone = run("clone", repo.path, tmp_path / "third", "--depth", 1)
-  assert "third" in clone
+  third = tmp_path / "third"
+  shown = CliRunner().invoke(
+    patchjax, ["clone", repo.path, str(third), "--depth", "1", "--progress"]
+  )
+  assert f"cloned {repo.path}" in shown.stdout and "B/s" in shown.stderr
+  log = run("-C", third, "log", "--oneline")
+  assert "(main, origin/main, history cut here" in log
