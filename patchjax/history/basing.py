@@ -32,7 +32,7 @@ from patchjax.trees.errors import IntegrityError
 
 _EXCESS = 0.1  # of a leaf: what a far base may cost more than the parent
 _HEAVY = 3  # differences in every word that factors may lie on top of
-_FEW = 1 / 6  # share of changed words up to which their places are worth saying
+_FEW = 1 / 16  # share of changed words up to which saying where they are is all
 
 
 def bases(

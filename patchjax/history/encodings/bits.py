@@ -22,7 +22,7 @@ from patchjax.history.encodings.common import (
   needed,
   of_words,
 )
-from patchjax.history.encodings.zigzag import unzigzag, zigzag
+from patchjax.history.encodings.zigzag import zigzag
 from patchjax.trees import tiles
 from patchjax.trees.digest import Entry
 from patchjax.trees.tiles import Region
@@ -51,16 +51,20 @@ def _decode_tile(
   if len(sections) != 8 * word.itemsize:
     raise ValueError(f"{len(sections)} bit planes for words of {word.name}")
   length = max((k + 1 for k, (_, d) in enumerate(sections) if d), default=0)
-  # Small differences stay bytes as long as they can.
-  count = max(1, -(-length // 8))
+  # Small differences stay bytes as long as they can. Bit 0 is the sign: the
+  # others, shifted by one, are flipped where it is set.
+  count = 1 if length <= 8 else word.itemsize
   octets = np.zeros((count, size), np.uint8)
-  for k, section in enumerate(sections[:length]):
-    coding.set_bits(octets[k // 8], k % 8, section)
-  codes = octets[0]
-  if count > 1:
-    codes = coding.join_planes(octets, word)
-  signed = unzigzag(codes).view(f"int{8 * codes.itemsize}")
-  return signed.astype(f"int{8 * word.itemsize}", copy=False).view(word)
+  for k in range(1, length):
+    coding.set_bits(octets[(k - 1) // 8], (k - 1) % 8, sections[k])
+  signs = np.zeros(size, np.uint8)
+  coding.set_bits(signs, 0, sections[0])
+  np.negative(signs, out=signs)
+  octets ^= signs
+  if count == 1:
+    signed = octets[0].view(np.int8)
+    return signed.astype(f"int{8 * word.itemsize}", copy=False).view(word)
+  return coding.join_planes(octets, word)
 
 
 def _encode(
@@ -82,7 +86,7 @@ def _decode(
   wanted = full(entry, region)
   expect(base, base.dtype, tiles.shape_of(of_words(entry, wanted)))
   stream = coding.unpack(fetch, grid, None if region is None else wanted)
-  words = aligned(base.shape, base.dtype)
+  words = base if base.flags.writeable else aligned(base.shape, base.dtype)
   for number, sections in stream.rows.items():
     tile = grid[number]
     shape = tiles.shape_of(of_words(entry, tile))

@@ -28,7 +28,7 @@ _GAIN = 0.9  # a difference costs reading its base: it must save a tenth
 
 # Shares of changed words: below the first the others are not even measured,
 # above the second sparse is not.
-_FEW, _MANY = 1 / 64, 1 / 6
+_FEW, _MANY = 1 / 16, 1 / 6
 
 _BLOCK = 1 << 16  # words compared at a time
 
