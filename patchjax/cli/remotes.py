@@ -55,6 +55,10 @@ def clone(
 
   URL is a folder, gs://BUCKET/PATH or s3://BUCKET/PATH. An interrupted clone
   is finished by the same command.
+
+  For S3 it reads AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws, and
+  AWS_REGION, AWS_ENDPOINT_URL; for gs:// GOOGLE_APPLICATION_CREDENTIALS, or
+  what `gcloud auth application-default login` left.
   """
   from patchjax.history import Repo
 
