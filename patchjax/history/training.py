@@ -26,7 +26,9 @@ import datetime
 import math
 import operator
 import re
+import sys
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
   import types
 
   from patchjax.history.objects import Commit
+  from patchjax.history.pending import PendingCommit
   from patchjax.history.repo import Repo
 
 GRACE = datetime.timedelta(hours=1)
@@ -100,8 +103,10 @@ class Checkpointer:
       keep_every: keep steps that are multiples of this, for good.
       keep_best: a metric, and whether "min" or "max" is better: keep the step
         where it is best.
-      asynchronous: store in the background. `save` returns when the values
-        are safe from the loop; errors are raised by the next call.
+      asynchronous: store in the background. `save` returns once it has
+        copied the values, which may be donated then; what goes wrong is
+        raised by the next `save`, `wait` or `restore`. (With several
+        processes it stores at once, and only tidies up in the background.)
       grace: see `Repo.gc`, which runs after a step is dropped. What was
         dropped takes space for this long; 0 gives it back at once, and is for
         a repository that nobody else writes to in the meantime.
@@ -136,7 +141,9 @@ class Checkpointer:
     self._author = author
     self._asynchronous = asynchronous
     self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpointer")
-    self._running: concurrent.futures.Future[None] | None = None
+    # At most one. Whoever forgets to wait is told when the process ends.
+    self._running: list[concurrent.futures.Future[None]] = []
+    weakref.finalize(self, _tell, self._running)
 
   def __enter__(self) -> Checkpointer:
     return self
@@ -158,10 +165,9 @@ class Checkpointer:
 
   def wait(self) -> None:
     """Waits until the last step is stored; raises what went wrong."""
-    running, self._running = self._running, None
-    if running is not None:
+    if self._running:
       # Of several processes one moves the refs; all know when it has.
-      processes.together(running.result)
+      processes.together(self._running.pop().result)
 
   @property
   def all_steps(self) -> tuple[int, ...]:
@@ -230,7 +236,7 @@ class Checkpointer:
     self.wait()
     spelled = {k: _number(k, v) for k, v in (metrics or {}).items()}
     tip, base = processes.first(lambda: self._start_of(step))
-    commit = self.repo.commit(
+    pending = self.repo.commit_async(
       state,
       message=_message(step, spelled),
       branch=None,
@@ -244,7 +250,7 @@ class Checkpointer:
       },
     )
 
-    self._running = self._worker.submit(self._publish, step, commit, tip)
+    self._running.append(self._worker.submit(self._publish, step, pending, tip))
     if not self._asynchronous:
       self.wait()
     return True
@@ -269,26 +275,26 @@ class Checkpointer:
       MismatchError: if `like` has other leaves; lists every one.
     """
     self.wait()
-    number = step
-    if isinstance(step, str):
-      if step not in ("latest", "best"):
-        raise ValueError(
-          f'step={step!r}: expected a number, "latest" or "best"'
-        )
-      number = self.best_step if step == "best" else self.latest_step
+    if step == "latest":
+      number = self.latest_step
+    elif step == "best":
+      number = self.best_step
+    elif isinstance(step, str):
+      raise ValueError(f'step={step!r}: expected a number, "latest" or "best"')
+    else:
+      number = operator.index(step)
     if number is None:
       raise RefNotFoundError(
         f"branch {self.branch!r} of {self.repo.path} has no {step} step: "
         "nothing was saved yet"
         + (" with that metric" if step == "best" else "")
       )
-    commit = self._commit_of(operator.index(number))
-    return self.repo.checkout(commit, like=like, only=only)
+    return self.repo.checkout(self._commit_of(number), like=like, only=only)
 
   def _settle(self) -> None:
     """Waits for this process alone; what went wrong is raised later."""
-    if self._running is not None:
-      self._running.exception()
+    for running in self._running:
+      running.exception()
 
   def _start_of(self, step: int) -> tuple[str | None, str | None]:
     """Where the branch is, and what a new step follows."""
@@ -338,8 +344,11 @@ class Checkpointer:
       return True
     return self._keep_every is not None and step % self._keep_every == 0
 
-  def _publish(self, step: int, commit: str, tip: str | None) -> None:
-    """Names a stored step, and lets go of those that are not kept."""
+  def _publish(
+    self, step: int, pending: PendingCommit, tip: str | None
+  ) -> None:
+    """Names a step once it is stored, and lets go of those not kept."""
+    commit = pending.result()
     if processes.index():
       return  # one process moves refs
     # Tag first: a process killed in between has lost nothing, and the next
@@ -383,6 +392,19 @@ class Checkpointer:
       if value is not None and not math.isnan(value)
     }
     return max(scores, key=lambda step: scores[step], default=None)
+
+
+def _tell(running: list[concurrent.futures.Future[None]]) -> None:
+  """Says that a step was not stored, if nobody waited for it."""
+  for future in running:
+    error = future.exception()
+    if error is not None:
+      print(
+        "patchjax: the last step of a Checkpointer was not stored "
+        f"({type(error).__name__}: {error}); call close(), or use it as a "
+        "context manager",
+        file=sys.stderr,
+      )
 
 
 def _step(commit: Commit, branch: str) -> int | None:

@@ -4,8 +4,11 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -186,6 +189,51 @@ def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(repo):
   assert Checkpointer(repo).all_steps == (1, 3, 4)
 
 
+def test_values_may_be_donated_at_once(repo):
+  step = jax.jit(lambda x: x + 1, donate_argnums=0)
+  x = jnp.zeros(SIZE)
+  with Checkpointer(repo) as saver:
+    for number in range(4):
+      saver.save(number, {"x": x})
+      x = step(x)
+  for number in saver.all_steps:
+    assert saver.restore(step=number)["x"].tolist() == [number] * SIZE
+
+
+def test_who_does_not_wait_is_told(tmp_path):
+  code = f"""
+import numpy as np
+from patchjax.history import Checkpointer, Repo
+repo = Repo.init({str(tmp_path)!r})
+saver = Checkpointer(repo)
+saver.save(1, {{"w": np.ones(2)}})
+saver.wait()
+tip = repo.resolve("main")
+repo.refs.move("refs/tags", "steps/main/2/x", old=None, new=tip)
+saver.save(2, {{"w": np.ones(2)}})
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True
+  )
+  assert done.returncode == 0
+  assert "last step of a Checkpointer was not stored" in done.stderr
+  assert "steps/main/2/x" in done.stderr
+  # What went well needs no waiting.
+  code = code.replace("steps/main/2/x", "other")
+  other = Repo(tmp_path)
+  other.refs.move(
+    "refs/tags", "steps/main/2/x", old=other.resolve("steps/main/1"), new=None
+  )
+  code = code.replace("saver.save(1", "saver.save(3").replace(
+    "save(2", "save(4"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True
+  )
+  assert done.stderr == ""
+  assert Checkpointer(other).all_steps == (1, 3, 4)
+
+
 def test_metrics_that_are_no_numbers_do_not_stop_a_run(repo):
   losses = {1: float("nan"), 2: jnp.float32(3), 3: float("inf"), 4: np.int8(5)}
   saver = run(repo, losses, losses, keep_best=("loss", "min"))
@@ -205,6 +253,8 @@ def test_what_is_not_there_is_said(repo):
     saver.restore(state(0), step=7)
   with pytest.raises(errors.RefNotFoundError, match="with that metric"):
     saver.restore(state(0), step="best")
+  with pytest.raises(ValueError, match="expected a number"):
+    saver.restore(state(0), step="first")
   saver.close()
   with pytest.raises(ValueError, match="which step is best"):
     _ = Checkpointer(repo).best_step
