@@ -26,21 +26,22 @@ from patchjax.trees import report
 from patchjax.trees.errors import PatchjaxError
 
 _TIMEOUT = 60.0
+_DATA = 10_000  # bytes; what is smaller is no data, but a tree that finds it
 OUTCOMES = ("at checkout", "by fsck", "harmless", "failed")
 
 # What a repository is made of: the first that fits names a file.
 _KINDS = {
-  "payload data": lambda key: "/d/" in key,
-  "payload manifest": lambda key: key.endswith(".ocdbt"),
-  "payload index": lambda key: key.endswith("/index.json"),
-  "payload, other": lambda key: key.startswith("payloads/"),
-  "blob": lambda key: key.startswith("blobs/"),
-  "object": lambda key: key.startswith("objects/"),
-  "note": lambda key: key.startswith("refs/notes/"),
-  "ref": lambda key: key.startswith("refs/"),
-  "reflog": lambda key: key.startswith("logs/"),
-  "cache": lambda key: key.startswith("cache/"),
-  "marker and settings": lambda key: True,
+  "payload data": lambda key, size: "/d/" in key and size > _DATA,
+  "payload nodes": lambda key, size: "/d/" in key or key.endswith(".ocdbt"),
+  "payload index": lambda key, size: key.endswith("/index.json"),
+  "payload, other": lambda key, size: key.startswith("payloads/"),
+  "blob": lambda key, size: key.startswith("blobs/"),
+  "object": lambda key, size: key.startswith("objects/"),
+  "note": lambda key, size: key.startswith("refs/notes/"),
+  "ref": lambda key, size: key.startswith("refs/"),
+  "reflog": lambda key, size: key.startswith("logs/"),
+  "cache": lambda key, size: key.startswith("cache/"),
+  "marker and settings": lambda key, size: True,
 }
 
 
@@ -73,7 +74,7 @@ def draw(path: str, count: int, seed: int) -> list[Flip]:
   kinds: dict[str, list[tuple[str, int]]] = {kind: [] for kind in _KINDS}
   for key in sorted(_keys(path)):
     size = os.path.getsize(os.path.join(path, key))
-    kind = next(kind for kind, fits in _KINDS.items() if fits(key))
+    kind = next(kind for kind, fits in _KINDS.items() if fits(key, size))
     if size:
       kinds[kind].append((key, size))
   flips = []

@@ -70,8 +70,11 @@ def every_operation(
     listing = os.path.join(folder, "operations")
     call(functools.partial(_run, path, verb, listing=listing))
     steps = operations.steps(listing)
-    killed = tally.kills[verb] = collections.Counter(dict.fromkeys(steps, 0))
-    numbers = iter(range(0, len(steps), stride))
+    chosen = range(0, len(steps), stride)
+    killed = tally.kills[verb] = collections.Counter(
+      dict.fromkeys((steps[number] for number in chosen), 0)
+    )
+    numbers = iter(chosen)
     # Some wait for the disk while others compute.
     while batch := list(itertools.islice(numbers, _AT_ONCE)):
       children = []

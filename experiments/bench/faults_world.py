@@ -244,6 +244,7 @@ VERBS: dict[str, Callable[[Repo], Any]] = {
   "commit": lambda repo: commit_step(repo, "base", 3),
   "commit (blob)": lambda repo: commit_step(repo, "right", 2, "right"),
   "merge": merge,
+  "repack": lambda repo: repo.repack(),
   "gc": lambda repo: repo.gc(grace=600.0),
   "push": push,
 }
