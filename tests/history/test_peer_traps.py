@@ -252,6 +252,22 @@ def test_a_sparse_version_is_small_whatever_it_follows(repo):
     assert bits(Repo(repo.path).checkout(f"main~{back}")) == bits({"w": value})
 
 
+def test_a_chain_is_squashed_without_a_new_id(repo):
+  values = chained(repo, 20)
+  ids = [commit.id for commit in repo.log()]
+  before = len(repo.index.packs()), size(repo)
+  repo.repack()
+  repo.gc(grace=0)
+  assert repo.fsck().ok
+  # A pack or two instead of one a commit, and hardly more bytes.
+  assert len(repo.index.packs()) < before[0] / 4
+  assert size(repo) < 1.1 * before[1]
+  found = Repo(repo.path)
+  assert [commit.id for commit in found.log()] == ids
+  for back, value in enumerate(reversed(values)):
+    assert bits(found.checkout(f"main~{back}")) == bits({"w": value})
+
+
 # Clean-up: git-theta's deleted models that were nowhere else.
 
 

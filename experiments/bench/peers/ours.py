@@ -88,6 +88,7 @@ FRESH = "the same of arrays that nobody knows"
 TINY = "50 commits of one small leaf"
 PARTIAL = "checkout of one layer of twelve"
 FSCK = "fsck, everything verified"
+REPACK = "repack of all versions"
 CLONE = "clone into another folder"
 GC = "gc of a branch of one version"
 
@@ -122,6 +123,7 @@ def verbs(peer: Patchjax) -> dict[str, timing.Cost]:
   found[CLONE] = timing.cost(lambda: pj.Repo.clone(repo.path, copy))
   shutil.rmtree(copy)
   found[GC] = _collected(peer, value)
+  found[REPACK] = timing.cost(repo.repack)
   return found
 
 
