@@ -177,6 +177,7 @@ def copy(
   plan = packing.plan(source, target, found, partial=partial)
   if plan.missing:
     raise IntegrityError(_absent(source, found, plan.missing))
+  transfer.patches(plan.files)
   transfer.packs([part for part in plan.parts if part.places is None])
   parts = [part for part in plan.parts if part.places is not None]
   packing.take(source, target, parts, transfer.copied)

@@ -52,10 +52,12 @@ class Plan:
 
   Attributes:
     parts: what to copy.
+    files: ids of patch files that leaves are read from.
     missing: digests of leaves that neither side has.
   """
 
   parts: tuple[Part, ...]
+  files: frozenset[str]
   missing: frozenset[str]
 
 
@@ -160,11 +162,15 @@ class _Planning:
 
   def plan(self) -> Plan:
     """Returns what was chosen."""
-    parts = []
+    from patchjax.history.encodings import object_of
+
+    parts, files = [], set()
     for pack, places in self.chosen.items():
       whole = len(places) == len(self._inside(pack))
       parts.append(Part(pack, None if whole else tuple(places.values())))
-    return Plan(tuple(parts), frozenset(self.missing))
+      files |= {object_of(p.encoding, p.key) for p in places.values()}
+    needed = frozenset(name for name in files if name is not None)
+    return Plan(tuple(parts), needed, frozenset(self.missing))
 
 
 def _fit(

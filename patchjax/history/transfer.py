@@ -86,14 +86,22 @@ class Transfer:
       found: what a walk met.
     """
     self.counts.commits += len(found.commits)
-    absent = self._absent([*found.objects, *found.files])
-    large = [key_of(name) for name in absent if name in found.files]
-    small = [name for name in absent if name in found.objects]
+    small = self._absent([*found.objects])
     for start in range(0, len(small), _BATCH):
       batch = {n: found.objects[n] for n in small[start : start + _BATCH]}
       self.target.files.write_all({key_of(n): d for n, d in batch.items()})
       self.copied(len(batch), sum(map(len, batch.values())))
-    self._copy(large, verified=True)
+    self.counts.objects += len(small)
+    self.patches(found.files)
+
+  def patches(self, names: Iterable[str]) -> None:
+    """Copies submitted patch files, which may be large.
+
+    Args:
+      names: their ids.
+    """
+    absent = self._absent([*names])
+    self._copy(map(key_of, absent), verified=True)
     self.counts.objects += len(absent)
 
   def _absent(self, names: list[str]) -> list[str]:

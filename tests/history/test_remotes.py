@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -429,6 +430,30 @@ def test_a_shallow_clone_ends_where_it_was_cut(repo, tmp_path):
   assert not ours.objects.shallow
   assert [c.id for c in ours.log()] == [c.id for c in repo.log()]
   assert ours.fsck().ok and fetched.copied.commits
+
+
+def test_patch_files_go_along_with_leaves_read_from_them(tmp_path):
+  """A leaf may be held as the factors of a patch, further back than depth."""
+  x = value()
+  repo = Repo.init(tmp_path / "repo")
+  repo.commit(x, message="base")
+  key = jax.random.key(0)
+  patch = pj.tuning.lora(key, x, rank=2, only="layer0/kernel")
+  patch = jax.tree.map(lambda a: a + 1, patch)
+  patched = repo.commit(patch, message="patched")
+  name = repo.show(patched).patch
+  repo.commit({**repo.checkout(), "more": np.zeros(3)}, message="more")
+  ours = Repo.clone(repo.path, tmp_path / "ours", depth=1)
+  assert same(repo, ours) and ours.fsck().ok
+  ours.gc(grace=0)
+  assert same(Repo(repo.path), Repo(ours.path))
+  part = Repo.clone(repo.path, tmp_path / "part", depth=1, only="layer0/.*")
+  assert part.fsck().ok
+  assert same_leaves(part, repo, "main", only="layer0/.*")
+  repo.index.refresh()
+  digest = repo.tree()["layer0/kernel"].digest
+  assert repo.index.find([digest])[digest][0].encoding == "factors"
+  assert ours.objects.read(name) == part.objects.read(name)
 
 
 def test_a_clone_of_a_shallow_clone_is_shallow(repo, tmp_path):
