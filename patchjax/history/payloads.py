@@ -38,7 +38,7 @@ _ALIGNMENT = 64  # bytes
 _IN_FLIGHT = 128 << 20  # bytes on their way to the disk at a time
 _FILE = 64 << 20  # bytes of a data file, at which it is written out
 
-_CHUNK = 8 << 20  # bytes of a chunk at most: what a partial read has to decode
+_CHUNK = 2 << 20  # bytes of a chunk at most: what a partial read has to decode
 
 # What Orbax and TensorStore raise when a disk is full, a path is gone, a chunk
 # does not decode, or Orbax's own metadata were changed (it trusts their types).
