@@ -17,6 +17,7 @@ from patchjax.cli import (
   inspection,
   refs,
   remotes,
+  repack,
   upkeep,
 )
 from patchjax.trees.errors import PatchjaxError, ReleaseRefusedError
@@ -118,6 +119,7 @@ for _module in (
   graph,
   bisecting,
   remotes,
+  repack,
   upkeep,
 ):
   for _verb in _module.VERBS:

@@ -1,5 +1,6 @@
 """repack: fewer bytes, shorter chains, the same ids; old packs go by gc."""
 
+import json
 import os
 import signal
 import subprocess
@@ -243,3 +244,16 @@ def test_a_damaged_leaf_is_named_and_nothing_changes(repo):
   with pytest.raises(errors.IntegrityError):
     Repo(repo.path).repack()
   assert repo.index.packs() == packs
+
+
+def test_the_command_says_what_it_did(repo):
+  from click.testing import CliRunner
+
+  from patchjax.cli.app import patchjax
+
+  two_roots(repo)
+  run = CliRunner().invoke
+  text = run(patchjax, ["-C", repo.path, "repack", "--dry-run"])
+  assert text.exit_code == 0 and "would rewrite 2 of 4" in text.output
+  spelled = run(patchjax, ["-C", repo.path, "repack", "--json"])
+  assert json.loads(spelled.stdout)["recoded"] == 2
