@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from patchjax.history import (
+  bins,
   config,
   encodings,
   marking,
@@ -16,7 +17,6 @@ from patchjax.history import (
   reflog,
   shallow,
   superseding,
-  sweeping,
 )
 from patchjax.history.fsck import FsckReport, Problem, Progress
 from patchjax.history.objects import is_id, key_of
@@ -80,7 +80,7 @@ class Check:
     self.names: dict[str, str] = {}  # leaf digest -> `commit: name`
     self.boundary: frozenset[str] = frozenset()  # commits without parents here
     self.left_out = 0  # leaves that a partial clone did not copy
-    self.leftovers = sweeping.Bin(repo.files, 0).leftovers()
+    self.leftovers = bins.leftovers(repo.files)
 
   def run(self) -> FsckReport:
     """Checks everything."""

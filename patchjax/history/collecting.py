@@ -105,7 +105,9 @@ def gc(
   """Removes what no ref and no young reflog entry reaches.
 
   Safe beside any number of writers as long as none of them takes longer for a
-  commit than `grace`.
+  commit than `grace`. Not so in a bucket, whose files do not tell when they
+  were used last: run it while nobody pushes. There the first `gc` writes down
+  what could go, and one that runs `grace` later removes it.
 
   Args:
     repo: the repository.
@@ -130,13 +132,6 @@ def gc(
     removed nothing: 0 bytes
     kept 2 objects, 1 packs
   """
-  if not repo.files.local:
-    raise RepositoryError(
-      f"{repo.path}: gc was not run: files in a bucket do not say when they "
-      "were used last, so what a writer is about to use cannot be told from "
-      "what nobody needs. A clone takes along only what refs lead to: clone "
-      "to a new place, and remove the old one"
-    )
   now = time.time()
   age = _seconds("grace", grace)
   # Without grace nothing is fresh, however coarse the clock of the files is.
@@ -164,6 +159,8 @@ def _alone(files: Files) -> Iterator[None]:
   try:
     import fcntl
   except ImportError:  # no such locks on Windows
+    fcntl = None
+  if fcntl is None or not files.local:
     yield
     return
   path = files.path(_LOCK)

@@ -7,7 +7,14 @@ import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from patchjax.history import encodings, index, marking, superseding, sweeping
+from patchjax.history import (
+  bins,
+  encodings,
+  index,
+  marking,
+  superseding,
+  sweeping,
+)
 from patchjax.history.collecting import GcReport, Progress, Removed
 from patchjax.history.objects import is_id, key_of
 from patchjax.history.refs import NOTES
@@ -35,11 +42,10 @@ class Collection:
   ):
     self.repo = repo
     self.files = repo.files
-    self.cutoff = cutoff
     self.oldest = oldest
     self.dry_run = dry_run
     self.progress = progress
-    self.bin = sweeping.Bin(repo.files, cutoff)
+    self.bin = bins.bin_of(repo.files, cutoff)
     self.marks = marking.Marks(repo.objects, repo.objects.shallow)
     self.removed: list[Removed] = []
     self.damaged: set[str] = set()
@@ -51,10 +57,12 @@ class Collection:
     if not self.dry_run:
       self.bin.recover()
     # Listed before the refs are read: what appears later is no candidate.
-    leftovers = self.bin.leftovers()
+    leftovers = bins.leftovers(self.files)
     objects = self._objects()
     packs = self._packs()
     notes = self._mark()
+    if not self.dry_run:
+      self._note(objects, packs, leftovers)
     # Of these some parts may be missing: their writers are not done yet.
     recent = [id_ for id_, fresh in objects.items() if fresh]
     self.marks.extend(recent)
@@ -70,7 +78,7 @@ class Collection:
       self._remove(key)
     gone = set(sweeping.sweep(nodes, self._remove))
     for key in leftovers:
-      if sweeping.newest(self.files.path(key)) >= self.cutoff:
+      if not self.bin.stale(key):
         continue  # somebody may be writing it
       self.kinds[key] = "leftover"
       self._remove(key)
@@ -91,11 +99,8 @@ class Collection:
     for key in self.files.walk("objects"):
       id_ = key.removeprefix("objects/").replace("/", "")
       if is_id(id_):
-        found[id_] = self._fresh(key)
+        found[id_] = self.bin.fresh(key)
     return found
-
-  def _fresh(self, key: str) -> bool:
-    return sweeping.touched(self.files.path(key)) >= self.cutoff
 
   def _packs(self) -> dict[str, list[Location]]:
     """Returns what the index of every payload and blob says.
@@ -141,6 +146,18 @@ class Collection:
       )
     return notes
 
+  def _note(
+    self,
+    objects: Iterable[str],
+    packs: Mapping[str, Sequence[Location]],
+    leftovers: Iterable[str],
+  ) -> None:
+    """Tells the bin what could go, were it old enough."""
+    dead = {key_of(id_) for id_ in objects if id_ not in self.marks.objects}
+    places = superseding.by_digest(packs, {})
+    needed = superseding.needed(self.marks.leaves, packs, places)
+    self.bin.note(dead | (packs.keys() - needed) | set(leftovers))
+
   def _kept(self, packs: Mapping[str, Sequence[Location]]) -> set[str]:
     """Returns the packs that must stay."""
     live = self.marks.leaves
@@ -149,7 +166,7 @@ class Collection:
     kept = {
       pack
       for pack, places in packs.items()
-      if self._fresh(pack) and any(p.digest not in live for p in places)
+      if self.bin.fresh(pack) and any(p.digest not in live for p in places)
     }
     places = superseding.by_digest(packs, self._generations(packs))
     kept = superseding.needed(live, packs, places, kept)
@@ -237,10 +254,10 @@ class Collection:
 
   def _remove(self, key: str) -> bool:
     """Removes something, or says so; returns whether it is gone."""
-    item = Removed(self.kinds[key], key, sweeping.size_of(self.files.path(key)))
+    item = Removed(self.kinds[key], key, self.bin.size(key))
     if not self.dry_run:
       if item.kind in ("reflog", "leftover") or key.startswith(NOTES):
-        sweeping.delete(self.files.path(key))
+        self.bin.delete(key)
       elif not self.bin.remove(key, always=key in self.copies):
         return False  # in use again
     self.removed.append(item)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from patchjax.history import Repo, index, sweeping
+from patchjax.history import Repo, bins, index
 from patchjax.trees import dtypes, errors
 from tests.history.accidents import files_below, flip
 
@@ -243,7 +243,7 @@ def test_what_is_read_from_a_lost_pack_stays(repo, monkeypatch):
   """A leaf of a lost version, used again in a value of its own."""
   lost_branch(repo, params(1))
   age(repo)
-  real = sweeping.Bin.remove
+  real = bins.LocalBin.remove
   commits = []
 
   def racing(bin_, key, **options):
@@ -253,7 +253,7 @@ def test_what_is_read_from_a_lost_pack_stays(repo, monkeypatch):
       commits.append(Repo(repo.path).commit(value, **again))
     return real(bin_, key, **options)
 
-  monkeypatch.setattr(sweeping.Bin, "remove", racing)
+  monkeypatch.setattr(bins.LocalBin, "remove", racing)
   assert kinds(repo.gc()) == ["commit", "tree"]
   assert np.array_equal(Repo(repo.path).checkout("again")["x"], params(1)["x"])
   check(repo)
@@ -422,7 +422,7 @@ def test_death_anywhere_in_gc_leaves_everything_whole(
 
 def test_what_was_being_removed_is_put_back_if_it_is_whole(repo):
   [pack] = repo.index.packs()
-  trash = f"payloads/{sweeping._REMOVED}{'0' * 32}-{pack[9:]}"
+  trash = f"payloads/{bins._REMOVED}{'0' * 32}-{pack[9:]}"
   os.rename(repo.files.path(pack), repo.files.path(trash))
   with pytest.raises(errors.IntegrityError):
     Repo(repo.path).checkout()
@@ -434,7 +434,7 @@ def test_who_freshens_in_time_gets_it_back(repo, monkeypatch):
   """A writer that finds the value stored, at the worst moment."""
   lost_branch(repo, params(1))
   age(repo)
-  real = sweeping.Bin.remove
+  real = bins.LocalBin.remove
   commits = []
 
   def racing(bin_, key, **options):
@@ -446,7 +446,7 @@ def test_who_freshens_in_time_gets_it_back(repo, monkeypatch):
       )
     return real(bin_, key, **options)
 
-  monkeypatch.setattr(sweeping.Bin, "remove", racing)
+  monkeypatch.setattr(bins.LocalBin, "remove", racing)
   report = repo.gc()
   assert kinds(report) == ["commit"]
   assert np.array_equal(Repo(repo.path).checkout("again")["x"], params(1)["x"])
@@ -457,14 +457,14 @@ def test_who_names_a_lost_commit_in_time_gets_all_of_it(repo, monkeypatch):
   commit = lost_branch(repo, params(1))
   repo.annotate(commit, "verdict", {"good": True})
   age(repo)
-  real = sweeping.Bin.remove
+  real = bins.LocalBin.remove
 
   def racing(bin_, key, **options):
     if "found" not in repo.branches():
       Repo(repo.path).branch("found", at=commit)
     return real(bin_, key, **options)
 
-  monkeypatch.setattr(sweeping.Bin, "remove", racing)
+  monkeypatch.setattr(bins.LocalBin, "remove", racing)
   assert repo.gc().removed == ()
   check(repo, "found")
   assert len(repo.annotations("found")) == 1
@@ -500,3 +500,53 @@ def test_bad_ages_are_refused(repo):
     repo.gc(grace=-1)
   with pytest.raises(errors.RepositoryError, match="expire"):
     repo.gc(expire=float("nan"))
+
+
+@pytest.fixture
+def bucket():
+  """A repository in a store without times, with a branch that was removed."""
+  repo = Repo.init(f"memory://bucket/{uuid.uuid4().hex}")
+  repo.commit({"b": np.float32([1])}, message="start")
+  lost = lost_small(repo)
+  assert repo.files.exists(f"objects/{lost[:2]}/{lost[2:]}")
+  return repo
+
+
+def lost_small(repo, seed=2):
+  repo.branch("lost")
+  value = {"b": np.float32([seed])}
+  lost = repo.commit(value, message="lost", branch="lost")
+  repo.branch("lost", delete=True, force=True)
+  repo.files.delete("logs/heads/lost")
+  return lost
+
+
+def test_a_bucket_gives_back_what_could_go_a_grace_ago(bucket, monkeypatch):
+  start = time.time()
+  assert bucket.gc().removed == ()
+  monkeypatch.setattr(time, "time", lambda: start + WEEK)
+  young = lost_small(bucket, 3)
+  assert bucket.gc().removed == ()
+  assert bucket.gc(dry_run=True, grace=WEEK / 2).removed
+  monkeypatch.setattr(time, "time", lambda: start + 2.5 * WEEK)
+  assert kinds(bucket.gc()) == ["blob", "commit", "tree"]
+  # What was first seen a week later has a week to go.
+  assert Repo(bucket.path).show(young).title == "lost"
+  assert check(bucket, "main", young)
+  monkeypatch.setattr(time, "time", lambda: start + 3.5 * WEEK)
+  assert kinds(bucket.gc()) == ["blob", "commit", "tree"]
+  assert check(bucket, "main").dangling == ()
+
+
+def test_what_is_found_again_in_a_bucket_starts_anew(bucket, monkeypatch):
+  start = time.time()
+  bucket.gc()
+  [lost] = [d for d in bucket.fsck().dangling if d.startswith("commit ")]
+  bucket.branch("found", at=lost.removeprefix("commit "))
+  monkeypatch.setattr(time, "time", lambda: start + 3 * WEEK)
+  assert bucket.gc().removed == ()
+  bucket.branch("found", delete=True, force=True)
+  bucket.files.delete("logs/heads/found")
+  assert bucket.gc().removed == ()
+  assert kinds(bucket.gc(grace=0)) == ["blob", "commit", "tree"]
+  check(bucket, "main")
