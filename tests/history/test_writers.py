@@ -156,7 +156,8 @@ def test_four_processes_lose_no_commit(repo, tmp_path):
   made = {}
   try:
     for process in running:
-      assert process.stdout.readline() == "ready\n"
+      ready = process.stdout.readline()
+      assert ready == "ready\n", process.communicate(timeout=60)
     for process in running:  # now
       process.stdin.write("\n")
       process.stdin.flush()
@@ -167,7 +168,7 @@ def test_four_processes_lose_no_commit(repo, tmp_path):
   finally:
     for process in running:
       process.kill()
-      process.wait()
+      process.communicate()
   commits = repo.log()
   ids = [commit.id for commit in commits]
   assert len(ids) == 1 + count * len(names)
