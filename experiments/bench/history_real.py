@@ -6,6 +6,7 @@ checkpoints are stored in float32 and, rounded, in bfloat16.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -72,7 +73,13 @@ def _cached() -> bool:
   )
 
 
-def _stored(settings, versions, kind, targets) -> list[tuple[str, ...]]:
+def _stored(
+  settings: Settings,
+  versions: Sequence[workload.Version],
+  kind: str,
+  targets: list[Target],
+) -> list[tuple[str, ...]]:
+  """Stores versions; returns their rows, and adds to the targets."""
   ours = Patchjax(settings.folder / f"ours-{kind}")
   plain = Orbax(settings.folder / f"plain-{kind}")
   rows = []
@@ -104,8 +111,8 @@ def _stored(settings, versions, kind, targets) -> list[tuple[str, ...]]:
 def _trained(params: Any, task: tasks.Task, every: int) -> list[Any]:
   """Returns the checkpoints of a fine-tune, the first before it."""
   params = jax.tree.map(jnp.asarray, params)
-  prompts = task.prompts
-  heads = model.encode(params, prompts.ids, prompts.mask)
+  prompts = jnp.asarray(task.prompts.ids), jnp.asarray(task.prompts.mask)
+  heads = model.encode(params, *prompts)
   adam = optax.adam(_RATE)
   state = adam.init(params)
 

@@ -91,7 +91,12 @@ def _none(peers: Sequence[Peer]) -> dict[tuple[str, str], timing.Cost]:
   return {}
 
 
-def _table(results, versions, peers, title) -> Table:
+def _table(
+  results: history_rounds.Results,
+  versions: Sequence[workload.Version],
+  peers: Sequence[str],
+  title: str,
+) -> Table:
   rows = []
   for what, numbers in (
     ("commit", range(len(versions))),
@@ -107,7 +112,12 @@ def _table(results, versions, peers, title) -> Table:
   return Table(f"CPU ms / wall ms ({title})", ("step", *peers), rows)
 
 
-def _targets(results, versions, peers, scale) -> list[Target]:
+def _targets(
+  results: history_rounds.Results,
+  versions: Sequence[workload.Version],
+  peers: Sequence[str],
+  scale: float,
+) -> list[Target]:
   found = []
   if scale == 1:
     found += [

@@ -122,7 +122,12 @@ def _verbs(peers: Sequence[Peer]) -> dict[tuple[str, str], timing.Cost]:
   return found
 
 
-def _times(results, versions, peers, title) -> Table:
+def _times(
+  results: history_rounds.Results,
+  versions: Sequence[workload.Version],
+  peers: Sequence[str],
+  title: str,
+) -> Table:
   rows = []
   for what, numbers in (
     ("commit", range(len(versions))),
@@ -143,7 +148,13 @@ def _times(results, versions, peers, title) -> Table:
   )
 
 
-def _bytes(results, versions, peers, limits, kind) -> Table:
+def _bytes(
+  results: history_rounds.Results,
+  versions: Sequence[workload.Version],
+  peers: Sequence[str],
+  limits: Sequence[float],
+  kind: str,
+) -> Table:
   rows = [
     (
       version.name,
@@ -171,7 +182,7 @@ def _bytes(results, versions, peers, limits, kind) -> Table:
   )
 
 
-def _others(results, title) -> Table:
+def _others(results: history_rounds.Results, title: str) -> Table:
   rows = []
   for (name, what, _), costs in results.costs.items():
     if what not in ("commit", "checkout"):
@@ -183,7 +194,12 @@ def _others(results, title) -> Table:
   )
 
 
-def _targets(results, versions, limits, kind) -> list[Target]:
+def _targets(
+  results: history_rounds.Results,
+  versions: Sequence[workload.Version],
+  limits: Sequence[float],
+  kind: str,
+) -> list[Target]:
   found = [
     Target.at_most(
       f"{kind}, commit: {version.name}, CPU of an Orbax save",

@@ -31,7 +31,8 @@ class Safetensors:
 
   def commit(self, version: workload.Version) -> timing.Cost:
     """Writes arrays that are on the device."""
-    named = workload.flat(jax.tree.map(jnp.array, version.value))
+    value = jax.tree.map(jnp.array, version.value)
+    named: dict[str, Any] = {**workload.flat(value)}
     jax.block_until_ready(named)
     path = self._path(self._count)
     self._count += 1

@@ -18,6 +18,7 @@ import patchjax as pj
 from experiments.bench import timing, workload
 from experiments.bench.peers import files, installing
 from experiments.bench.peers.base import folder_bytes
+from patchjax.patches import Delta, LowRank
 
 SPARSE = "sparse"
 """Start of the names of versions that git-theta is told to store so."""
@@ -179,6 +180,7 @@ def _factors(patch: pj.Patch) -> dict[str, np.ndarray]:
   """Returns the factors of a patch under git-theta's names."""
   factors = {}
   for name, delta in patch.deltas.items():
+    assert isinstance(delta, Delta) and isinstance(delta.code, LowRank)
     factors[f"{name}/R"] = np.asarray(delta.code.a)
     factors[f"{name}/C"] = np.asarray(delta.code.b)
   return factors

@@ -75,5 +75,5 @@ class Orbax:
   def close(self) -> None:
     """There is nothing to end."""
 
-  def _path(self, number: int) -> pathlib.Path:
-    return self._folder / f"{number:03}"
+  def _path(self, number: int) -> str:
+    return str(self._folder / f"{number:03}")
