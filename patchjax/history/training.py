@@ -27,6 +27,7 @@ import math
 import operator
 import re
 import sys
+import time
 import warnings
 import weakref
 from collections.abc import Mapping
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 GRACE = datetime.timedelta(hours=1)
 
 _KIND = "training step"
+_REST = 10  # between two collections, times what one takes
 
 
 class Checkpointer:
@@ -107,9 +109,10 @@ class Checkpointer:
         copied the values, which may be donated then; what goes wrong is
         raised by the next `save`, `wait` or `restore`. (With several
         processes it stores at once, and only tidies up in the background.)
-      grace: see `Repo.gc`, which runs after a step is dropped. What was
-        dropped takes space for this long; 0 gives it back at once, and is for
-        a repository that nobody else writes to in the meantime.
+      grace: see `Repo.gc`, which runs after a step is dropped, for a tenth of
+        the time at most, and at the end. What was dropped takes space for this
+        long; 0 gives it back at once, and is for a repository that nobody else
+        writes to in the meantime.
       author: by whom; by default as for `Repo.commit`.
 
     Raises:
@@ -141,6 +144,9 @@ class Checkpointer:
     self._author = author
     self._asynchronous = asynchronous
     self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpointer")
+    # Whether something was dropped that was not collected, when the last
+    # collection ended, and how long it took.
+    self._owed, self._collected, self._took = False, 0.0, 0.0
     # At most one. Whoever forgets to wait is told when the process ends.
     self._running: list[concurrent.futures.Future[None]] = []
     weakref.finalize(self, _tell, self._running)
@@ -162,6 +168,7 @@ class Checkpointer:
       self.wait()
     finally:
       self._worker.shutdown()
+      self._collect()
 
   def wait(self) -> None:
     """Waits until the last step is stored; raises what went wrong."""
@@ -360,14 +367,26 @@ class Checkpointer:
     dropped = sorted(set(steps) - self._kept(steps))
     for each in dropped:
       refs.move(TAGS, self._tag(each), old=self._commit_of(each), new=None)
-    if dropped:
-      try:
-        self.repo.gc(grace=self._grace)
-      except PatchjaxError as error:
-        warnings.warn(
-          f"step {step} is stored, but space was not given back: {error}",
-          stacklevel=2,
-        )
+    self._owed = self._owed or bool(dropped)
+    # A collection looks at the whole repository, however large that is.
+    if time.monotonic() - self._collected >= _REST * self._took:
+      self._collect()
+
+  def _collect(self) -> None:
+    """Gives back the space of what was dropped since the last time."""
+    if not self._owed:
+      return
+    start = time.monotonic()
+    try:
+      self.repo.gc(grace=self._grace)
+    except PatchjaxError as error:
+      warnings.warn(
+        f"the steps are stored, but space was not given back: {error}",
+        stacklevel=2,
+      )
+    self._owed = False
+    self._collected = time.monotonic()
+    self._took = self._collected - start
 
   def _kept(self, steps: list[int]) -> set[int]:
     kept = {step for step in steps if self._for_good(step)}
