@@ -289,14 +289,31 @@ class Check:
     return used
 
   def _verify(self, batch: Mapping[str, Entry]) -> set[str]:
-    good, why, used = self.repo.reader.verify(batch)
+    small, used = {}, set()
+    for digest, entry in batch.items():
+      if entry.size * dtypes.itemsize(entry.dtype) > _BATCH:
+        # One that is larger than a batch by itself.
+        used |= self._verify_large(entry)
+      else:
+        small[digest] = entry
+    good, why, packs = self.repo.reader.verify(small)
     if why:
       # A gc may have taken a copy that it knew to lie elsewhere too.
       self.repo.index.refresh()
-      good, why, again = self.repo.reader.verify(batch)
-      used |= again
+      good, why, again = self.repo.reader.verify(small)
+      packs |= again
     for digest, reasons in why.items():
       self._unread(digest, batch[digest], reasons, digest in good)
+    return used | packs
+
+  def _verify_large(self, entry: Entry) -> set[str]:
+    good, why, used = self.repo.reader.verify_in_parts(entry, _BATCH)
+    if why or not good:
+      self.repo.index.refresh()
+      good, why, used = self.repo.reader.verify_in_parts(entry, _BATCH)
+      if not good:
+        why = why or ["stored in no payload"]
+      self._unread(entry.digest, entry, why, good)
     return used
 
   def _look(self, batch: Mapping[str, Entry]) -> set[str]:

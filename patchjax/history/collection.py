@@ -199,8 +199,13 @@ class Collection:
     size = 0
     ordered = sorted(digests)
     for done, digest in enumerate(ordered, 1):
-      entry = batch[digest] = self.marks.leaves[digest]
-      size += entry.size * dtypes.itemsize(entry.dtype)
+      entry = self.marks.leaves[digest]
+      if entry.size * dtypes.itemsize(entry.dtype) > _BATCH:
+        if self.repo.reader.verify_in_parts(entry, _BATCH)[1]:
+          bad.add(digest)
+      else:
+        batch[digest] = entry
+        size += entry.size * dtypes.itemsize(entry.dtype)
       if size >= _BATCH or done == len(ordered):
         self.progress("copies", done, len(ordered))
         bad |= self.repo.reader.verify(batch)[1].keys()

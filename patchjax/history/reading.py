@@ -9,7 +9,8 @@ tile, by the digests of tiles that hash to the leaf's.
 from __future__ import annotations
 
 import collections
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -139,6 +140,37 @@ class LeafReader:
         else:
           good.add(digest)
     return good, dict(why), used
+
+  def verify_in_parts(
+    self, entry: Entry, bound: int
+  ) -> tuple[bool, list[str], set[str]]:
+    """Reads one leaf from every place, some of its tiles at a time.
+
+    Args:
+      entry: the leaf.
+      bound: about how many bytes to hold in memory.
+
+    Returns:
+      `(good, why, used)`: whether it can be read from some place, what is
+      wrong with the others, and the packs used.
+    """
+    session = _Session(self)
+    session.plan([entry.digest])
+    if not session.knows_tiles(entry):
+      good, all_why, used = self.verify({entry.digest: entry})
+      return bool(good), all_why.get(entry.digest, []), used
+    places = self.index.find([entry.digest])[entry.digest]
+    used = {place.pack for place in (*session.places.values(), *places)}
+    itemsize = dtypes.itemsize(entry.dtype)
+    grid = tiles.grid(entry.shape, itemsize)
+    why: list[str] = []
+    for place in places:
+      for region in _slabs(grid, bound // itemsize):
+        session.why.pop(entry.digest, None)
+        if session.read_from(place, entry, region) is None:
+          why.append(session.why[entry.digest])
+          break
+    return len(why) < len(places), why, used
 
   def _explain(self, bad: Mapping[str, Entry], why: Mapping[str, str]) -> str:
     absent = [n for n, e in bad.items() if e.digest not in why]
@@ -354,6 +386,10 @@ class _Session:
       return None
     return words
 
+  def knows_tiles(self, entry: Entry) -> bool:
+    """Returns whether a region of a leaf can be verified on its own."""
+    return self._tiles(entry) is not None
+
   def _tiles(self, entry: Entry) -> list[bytes] | None:
     """Returns the digests of the tiles of a leaf, if some index knows them."""
     for place in self.index.find([entry.digest])[entry.digest]:
@@ -389,6 +425,27 @@ class _Session:
         "another digest"
       )
     return fine
+
+
+def _slabs(grid: tiles.Grid, size: int) -> Iterator[tiles.Region]:
+  """Yields regions that make up a leaf: slices along its longest row of tiles.
+
+  Args:
+    grid: how the leaf is cut.
+    size: about how many elements a slab may have; at least a tile's width.
+  """
+  axis = max(range(len(grid.shape)), key=lambda d: grid.counts[d])
+  edges = grid.edges[axis]
+  width = max(size // (math.prod(grid.shape) // grid.shape[axis]), 1)
+  start = 0
+  while start < len(edges) - 1:
+    stop = start + 1
+    while stop + 1 < len(edges) and edges[stop + 1] - edges[start] <= width:
+      stop += 1
+    region = list(tiles.whole(grid.shape))
+    region[axis] = slice(edges[start], edges[stop])
+    yield tuple(region)
+    start = stop
 
 
 def empty(entry: Entry) -> np.ndarray:

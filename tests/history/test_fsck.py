@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from patchjax.history import Repo, checking, index
+from patchjax.history import Repo, checking, index, reading
 from patchjax.trees import errors
 from tests.history.accidents import files_below, flip
 
@@ -324,3 +324,30 @@ def test_leaves_are_verified_in_batches(repo, monkeypatch):
   assert fsck(repo).ok
   assert len(sizes) == 3
   assert max(sizes) <= 2 * LARGE.nbytes
+
+
+@pytest.mark.parametrize("shape", [(640, 1024), (3, 500_000), (1_500_000,)])
+def test_a_leaf_larger_than_a_batch_is_verified_in_parts(
+  repo, monkeypatch, shape
+):
+  x = RNG.standard_normal(shape).astype(np.float32)
+  repo.commit({"x": x}, message="large", branch="large", parents=[])
+  y = x * np.float32(1.0001)
+  repo.commit({"x": y}, message="tuned", branch="large")
+  monkeypatch.setattr(checking, "_BATCH", 2 << 20)
+  whole = []
+  real = reading.LeafReader.verify
+
+  def verify(self, entries):
+    whole.extend(entries)
+    return real(self, entries)
+
+  monkeypatch.setattr(reading.LeafReader, "verify", verify)
+  assert fsck(repo).ok
+  digests = {repo.tree(ref)["x"].digest for ref in ("large", "large~1")}
+  assert not digests & set(whole)
+  pack = place_of(repo, "large").pack
+  largest = max(files_below(repo.files.path(pack)), key=os.path.getsize)
+  damage(repo, os.path.relpath(largest, repo.path), 100_000)
+  problem = only_problem(repo, "leaf", "another copy")
+  assert repo.resolve("large")[:12] in problem.where
