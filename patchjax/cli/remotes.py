@@ -126,6 +126,11 @@ def fetch(
       f"{name}: kept as it is here; the remote's tag is at {at[:12]}"
       for name, at in fetched.clashes.items()
     ]
+    if fetched.lacking:
+      lines.append(
+        f"{len(fetched.lacking)} leaves are still lacking, such as "
+        f"{fetched.lacking[0]}: of versions the remote does not have any more"
+      )
     return "\n".join([f"from {fetched.url}", *lines, _counts(fetched.copied)])
 
   emit(as_json, fetched.to_json(), text)

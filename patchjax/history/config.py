@@ -130,7 +130,19 @@ def remove_remote(repo: Repo, name: str) -> None:
 
   Raises:
     RefNotFoundError: if there is none of that name.
+    RepositoryError: if leaves are to be had from there that are not here.
   """
+  from patchjax.history import partial
+
+  remote = remotes(repo).get(name)
+  if remote is not None and remote.only is not None:
+    lacking = partial.lacking(repo)
+    if lacking:
+      raise RepositoryError(
+        f"{repo.path} is a partial clone of {remote.url}: {len(lacking)} "
+        f"leaf/leaves, such as {lacking[0]}, are to be had from there alone; "
+        f"`patchjax fetch {name} --complete` first"
+      )
 
   def change(known: dict[str, Remote]) -> None:
     if name not in known:

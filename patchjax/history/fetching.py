@@ -14,7 +14,15 @@ from collections.abc import (
 )
 from typing import TYPE_CHECKING, Any
 
-from patchjax.history import config, gathering, graph, layout, reflog, shallow
+from patchjax.history import (
+  config,
+  gathering,
+  graph,
+  layout,
+  partial,
+  reflog,
+  shallow,
+)
 from patchjax.history.objects import key_of
 from patchjax.history.reach import Progress, Reached, Walk, heads, roots
 from patchjax.history.refs import HEADS, REMOTES, TAGS
@@ -45,6 +53,8 @@ class Fetched:
     clashes: `{tag: commit there}` of tags that name another commit here; tags
       never move, so they were left alone.
     copied: what was copied.
+    lacking: names of leaves that are not here even after a complete fetch:
+      of versions that the remote does not have (any more).
   """
 
   url: str
@@ -52,6 +62,7 @@ class Fetched:
   tags: Mapping[str, str]
   clashes: Mapping[str, str]
   copied: Counts
+  lacking: tuple[str, ...] = ()
 
   def to_json(self) -> dict[str, Any]:
     """Returns the result as a JSON-able dict."""
@@ -122,15 +133,17 @@ def fetch(
   walk = Walk(source, repo, matches=_matcher(patterns), progress=progress)
   cut_before = objects.shallow
   found = walk.run(
-    {*chosen.values(), *tags.values()} | (known if widened else set()),
+    {*chosen.values(), *tags.values()},
     known=lambda name: is_here(repo, name, known),
     depth=None if complete else depth,
     through=complete or widened or depth is not None,
+    partial=bool(partial.sources(repo.files)),
   )
   if patterns is not None:
     _check_patterns(source, chosen, patterns)
   copied = copy(source, repo, found, patterns is not None, verify, progress)
-  if place.name is not None and patterns != place.only:
+  if place.name is not None and patterns not in (None, place.only):
+    # Before refs lead to versions that lack leaves.
     _set_patterns(repo, place.name, patterns)
   joined = {n for n in cut_before if n in found.commits and n not in found.cut}
   shallow.update(repo.files, cut=found.cut, joined=joined)
@@ -146,14 +159,20 @@ def fetch(
   moved = {name: track(repo, place, name, at) for name, at in chosen.items()}
   if prune and place.name is not None:
     _prune(repo, place.name, theirs)
-  return Fetched(place.url, moved, new_tags, clashes, copied)
+  lacking: list[str] = []
+  if patterns is None and place.name is not None and place.only is not None:
+    # Commits that the remote does not have any more may still lack some.
+    lacking = partial.lacking(repo)
+    if not lacking:
+      _set_patterns(repo, place.name, None)
+  return Fetched(place.url, moved, new_tags, clashes, copied, tuple(lacking))
 
 
 def copy(
   source: Repo,
   target: Repo,
   found: Reached,
-  partial: bool,
+  parts: bool,
   verify: bool,
   progress: Progress,
 ) -> Counts:
@@ -163,7 +182,7 @@ def copy(
     source: where it is.
     target: where it shall be.
     found: what a walk met.
-    partial: whether to leave out leaves that only share a payload with it.
+    parts: whether to leave out leaves that only share a payload with it.
     verify: whether to compute the digest of each leaf.
     progress: see `fetch`.
 
@@ -174,13 +193,13 @@ def copy(
 
   transfer = Transfer(source, target, progress=progress)
   transfer.objects(found)
-  plan = packing.plan(source, target, found, partial=partial)
+  plan = packing.plan(source, target, found, partial=parts)
   if plan.missing:
     raise IntegrityError(_absent(source, found, plan.missing))
   transfer.patches(plan.files)
   transfer.packs([part for part in plan.parts if part.places is None])
-  parts = [part for part in plan.parts if part.places is not None]
-  packing.take(source, target, parts, transfer.copied)
+  cut = [part for part in plan.parts if part.places is not None]
+  packing.take(source, target, cut, transfer.copied)
   if verify:
     _verify(target, found, progress)
   return transfer.counts
@@ -197,11 +216,11 @@ def _verify(target: Repo, found: Reached, progress: Progress) -> None:
 def _absent(source: Repo, found: Reached, missing: Iterable[str]) -> str:
   names = sorted(found.names.get(digest, digest[:16]) for digest in missing)
   shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-  partial = [r for r in config.remotes(source).values() if r.only is not None]
+  origin = partial.sources(source.files)
   why = (
-    f"it is a partial clone of {partial[0].url}: run `patchjax -C "
-    f"{source.path} fetch --complete` there first, or use {partial[0].url}"
-    if partial
+    f"it is a partial clone of {origin[0].url}: run `patchjax -C "
+    f"{source.path} fetch --complete` there first, or use {origin[0].url}"
+    if origin
     else "run fsck there; nothing was moved"
   )
   return (

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from patchjax.history import config
+from patchjax.history import config, graph
+from patchjax.history.reach import roots
 
 if TYPE_CHECKING:
   from patchjax.history.config import Remote
   from patchjax.history.files import Files
   from patchjax.history.repo import Repo
+  from patchjax.trees.digest import Entry
 
 _SHOWN = 5
 
@@ -40,14 +42,34 @@ def asked(repo: Repo, commits: Iterable[str]) -> set[str] | None:
   found = sources(repo.files)
   if not found:
     return None
-  patterns = [re.compile(p) for remote in found for p in remote.only or ()]
-  trees = {repo.objects.commit(name).tree for name in commits}
+  # What came from which remote is not known: what one left out may be absent.
+  filters = [[re.compile(p) for p in remote.only or ()] for remote in found]
   return {
     entry.digest
-    for tree in trees
-    for name, entry in repo.objects.tree(tree).items()
-    if any(pattern.fullmatch(name) for pattern in patterns)
+    for name, entry in _leaves(repo, commits)
+    if all(any(p.fullmatch(name) for p in patterns) for patterns in filters)
   }
+
+
+def lacking(repo: Repo) -> list[str]:
+  """Returns the names of leaves that refs lead to and that are not here.
+
+  Args:
+    repo: the repository.
+  """
+  names = {
+    entry.digest: name
+    for name, entry in _leaves(repo, graph.ancestors(roots(repo), repo.objects))
+    if entry.size
+  }
+  repo.index.refresh()
+  found = repo.index.find(names)
+  return sorted({names[digest] for digest in names if not found[digest]})
+
+
+def _leaves(repo: Repo, commits: Iterable[str]) -> Iterator[tuple[str, Entry]]:
+  for tree in {repo.objects.commit(name).tree for name in commits}:
+    yield from repo.objects.tree(tree).items()
 
 
 def explain(files: Files, names: Collection[str]) -> str | None:
