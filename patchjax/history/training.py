@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from patchjax.history import processes
 from patchjax.history.refs import HEADS, TAGS, check_name
+from patchjax.history.retention import Retention, check_count
 from patchjax.trees.errors import (
   ConflictError,
   PatchjaxError,
@@ -119,27 +120,11 @@ class Checkpointer:
       ValueError: if a number is not positive, or a rule is none.
     """
     check_name(branch)
-    for name, number in (
-      ("every", every),
-      ("keep_last", keep_last),
-      ("keep_every", keep_every),
-    ):
-      if number is not None and (not isinstance(number, int) or number < 1):
-        raise ValueError(
-          f"{name}={number!r}: expected a whole number of at least 1"
-        )
-    if keep_best is not None and (
-      len(keep_best) != 2 or keep_best[1] not in ("min", "max")
-    ):
-      raise ValueError(
-        f'keep_best={keep_best!r}: expected (metric, "min") or (metric, "max")'
-      )
+    check_count("every", every)
+    self._rules = Retention(last=keep_last, every=keep_every, best=keep_best)
     self.repo = repo
     self.branch = branch
     self._every = every
-    self._keep_last = keep_last
-    self._keep_every = keep_every
-    self._keep_best = keep_best
     self._grace = grace
     self._author = author
     self._asynchronous = asynchronous
@@ -194,12 +179,8 @@ class Checkpointer:
     Raises:
       ValueError: if the checkpointer was not told what is best.
     """
-    if self._keep_best is None:
-      raise ValueError(
-        'which step is best? Give keep_best=(metric, "min" or "max")'
-      )
     self._settle()
-    return self._best(self._steps())
+    return self._rules.best_of(self._steps(), self._metrics)
 
   def metrics(self, step: int) -> dict[str, float]:
     """Returns the metrics of a kept step.
@@ -211,7 +192,7 @@ class Checkpointer:
       RefNotFoundError: if it is not kept.
     """
     self._settle()
-    return _metrics(self.repo.objects.commit(self._commit_of(step)))
+    return self._metrics(step)
 
   def save(
     self,
@@ -335,21 +316,19 @@ class Checkpointer:
       raise RefNotFoundError(f"step {step} is not kept; kept are: {kept}")
     return found
 
+  def _metrics(self, step: int) -> dict[str, float]:
+    recipe = self.repo.objects.commit(self._commit_of(step)).recipe or {}
+    return {name: float(value) for name, value in recipe["metrics"].items()}
+
   def _base(self, tip: str | None) -> str | None:
     """The version that the next step follows: the last that stays for good."""
     while tip is not None:
       commit = self.repo.objects.commit(tip)
       step = _step(commit, self.branch)
-      if step is None or self._for_good(step):
+      if step is None or self._rules.for_good(step):
         break
       tip = commit.parents[0] if commit.parents else None
     return tip
-
-  def _for_good(self, step: int) -> bool:
-    rules = (self._keep_last, self._keep_every, self._keep_best)
-    if rules == (None, None, None):
-      return True
-    return self._keep_every is not None and step % self._keep_every == 0
 
   def _publish(
     self, step: int, pending: PendingCommit, tip: str | None
@@ -364,7 +343,8 @@ class Checkpointer:
     refs.move(TAGS, self._tag(step), old=None, new=commit)
     refs.move(HEADS, self.branch, old=tip, new=commit)
     steps = self._steps()
-    dropped = sorted(set(steps) - self._kept(steps))
+    kept = self._rules.kept(steps, self._metrics)
+    dropped = sorted(set(steps) - kept)
     for each in dropped:
       refs.move(TAGS, self._tag(each), old=self._commit_of(each), new=None)
     self._owed = self._owed or bool(dropped)
@@ -388,30 +368,6 @@ class Checkpointer:
     self._collected = time.monotonic()
     self._took = self._collected - start
 
-  def _kept(self, steps: list[int]) -> set[int]:
-    kept = {step for step in steps if self._for_good(step)}
-    # The newest is what a run goes on from, whatever the rules say.
-    kept |= set(steps[-(self._keep_last or 1) :])
-    best = None if self._keep_best is None else self._best(steps)
-    return kept if best is None else kept | {best}
-
-  def _best(self, steps: list[int]) -> int | None:
-    assert self._keep_best is not None
-    metric, mode = self._keep_best
-    sign = 1 if mode == "max" else -1
-    values = {
-      step: _metrics(self.repo.objects.commit(self._commit_of(step))).get(
-        metric
-      )
-      for step in steps
-    }
-    scores = {
-      step: (sign * value, step)
-      for step, value in values.items()
-      if value is not None and not math.isnan(value)
-    }
-    return max(scores, key=lambda step: scores[step], default=None)
-
 
 def _tell(running: list[concurrent.futures.Future[None]]) -> None:
   """Says that a step was not stored, if nobody waited for it."""
@@ -430,10 +386,6 @@ def _step(commit: Commit, branch: str) -> int | None:
   recipe = commit.recipe or {}
   ours = recipe.get("kind") == _KIND and recipe.get("branch") == branch
   return recipe["step"] if ours else None
-
-
-def _metrics(commit: Commit) -> dict[str, float]:
-  return {k: float(v) for k, v in (commit.recipe or {})["metrics"].items()}
 
 
 def _number(name: str, value: Any) -> float | str:
