@@ -57,8 +57,8 @@ _REPEATED = 64 * 1024
 
 _APART = 1 << 20  # bytes from which on they are worth a payload of their own
 
-_GROUP = 128 << 20
-"""Bytes of leaves that are encoded at a time."""
+_GROUP = 32 << 20  # bytes of leaves that are encoded at a time
+_FLUSH = 128 << 20  # bytes of differences that are written in one go
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +242,7 @@ class LeafWriter:
           size += sum(array.nbytes for array in arrays.values())
         else:
           pack.add(leaf, name, _whole(leaf))
-      if size >= _GROUP:
+      if size >= _FLUSH:
         self._save(differences, {})
         differences, size = _Pack(), 0
     for leaf in leaves:
