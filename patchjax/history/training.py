@@ -23,9 +23,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import datetime
-import math
 import operator
-import re
 import sys
 import time
 import warnings
@@ -33,26 +31,23 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from patchjax.history import processes
+from patchjax.history import processes, steps
 from patchjax.history.refs import HEADS, TAGS, check_name
 from patchjax.history.retention import Retention, check_count
 from patchjax.trees.errors import (
   ConflictError,
   PatchjaxError,
   RefNotFoundError,
-  RepositoryError,
 )
 
 if TYPE_CHECKING:
   import types
 
-  from patchjax.history.objects import Commit
   from patchjax.history.pending import PendingCommit
   from patchjax.history.repo import Repo
 
 GRACE = datetime.timedelta(hours=1)
 
-_KIND = "training step"
 _REST = 10  # between two collections, times what one takes
 
 
@@ -222,22 +217,16 @@ class Checkpointer:
     if step % self._every and not force:
       return False
     self.wait()
-    spelled = {k: _number(k, v) for k, v in (metrics or {}).items()}
+    message, recipe = steps.describe(self.branch, step, metrics or {})
     tip, base = processes.first(lambda: self._start_of(step))
     pending = self.repo.commit_async(
       state,
-      message=_message(step, spelled),
+      message=message,
       branch=None,
       parents=[base] if base else [],
       author=self._author,
-      recipe={
-        "kind": _KIND,
-        "branch": self.branch,
-        "step": step,
-        "metrics": spelled,
-      },
+      recipe=recipe,
     )
-
     self._running.append(self._worker.submit(self._publish, step, pending, tip))
     if not self._asynchronous:
       self.wait()
@@ -288,43 +277,30 @@ class Checkpointer:
     """Where the branch is, and what a new step follows."""
     latest = max(self._steps(), default=None)
     if latest is not None and step <= latest:
+      tag = steps.tag_of(self.branch, latest)
       raise ConflictError(
         f"step {step} of branch {self.branch!r}: expected one after {latest}, "
         "which is stored already; to train on from an earlier step, give the "
-        f"run a branch of its own: repo.branch(name, at={self._tag(latest)!r})"
-        ", Checkpointer(repo, branch=name)"
+        f"run a branch of its own: repo.branch(name, at={tag!r}), "
+        "Checkpointer(repo, branch=name)"
       )
     tip = self.repo.refs.get(HEADS, self.branch)
     return tip, self._base(tip)
 
-  def _tag(self, step: int) -> str:
-    return f"steps/{self.branch}/{step}"
-
   def _steps(self) -> list[int]:
-    prefix = self._tag(0)[:-1]
-    return sorted(
-      int(name[len(prefix) :])
-      for name in self.repo.refs.names(TAGS)
-      if name.startswith(prefix)
-      and re.fullmatch(r"0|[1-9]\d*", name[len(prefix) :])
-    )
+    return steps.all_of(self.repo, self.branch)
 
   def _commit_of(self, step: int) -> str:
-    found = self.repo.refs.get(TAGS, self._tag(step))
-    if found is None:
-      kept = ", ".join(map(str, self._steps())) or "none"
-      raise RefNotFoundError(f"step {step} is not kept; kept are: {kept}")
-    return found
+    return steps.commit_of(self.repo, self.branch, step)
 
   def _metrics(self, step: int) -> dict[str, float]:
-    recipe = self.repo.objects.commit(self._commit_of(step)).recipe or {}
-    return {name: float(value) for name, value in recipe["metrics"].items()}
+    return steps.metrics_of(self.repo.objects.commit(self._commit_of(step)))
 
   def _base(self, tip: str | None) -> str | None:
     """The version that the next step follows: the last that stays for good."""
     while tip is not None:
       commit = self.repo.objects.commit(tip)
-      step = _step(commit, self.branch)
+      step = steps.number_of(commit, self.branch)
       if step is None or self._rules.for_good(step):
         break
       tip = commit.parents[0] if commit.parents else None
@@ -340,13 +316,14 @@ class Checkpointer:
     # Tag first: a process killed in between has lost nothing, and the next
     # one finds its latest step by the tags.
     refs = self.repo.refs
-    refs.move(TAGS, self._tag(step), old=None, new=commit)
+    tag = steps.tag_of(self.branch, step)
+    refs.move(TAGS, tag, old=None, new=commit)
     refs.move(HEADS, self.branch, old=tip, new=commit)
-    steps = self._steps()
-    kept = self._rules.kept(steps, self._metrics)
-    dropped = sorted(set(steps) - kept)
-    for each in dropped:
-      refs.move(TAGS, self._tag(each), old=self._commit_of(each), new=None)
+    there = self._steps()
+    dropped = set(there) - self._rules.kept(there, self._metrics)
+    for each in sorted(dropped):
+      tag = steps.tag_of(self.branch, each)
+      refs.move(TAGS, tag, old=self._commit_of(each), new=None)
     self._owed = self._owed or bool(dropped)
     # A collection looks at the whole repository, however large that is.
     if time.monotonic() - self._collected >= _REST * self._took:
@@ -380,28 +357,3 @@ def _tell(running: list[concurrent.futures.Future[None]]) -> None:
         "context manager",
         file=sys.stderr,
       )
-
-
-def _step(commit: Commit, branch: str) -> int | None:
-  recipe = commit.recipe or {}
-  ours = recipe.get("kind") == _KIND and recipe.get("branch") == branch
-  return recipe["step"] if ours else None
-
-
-def _number(name: str, value: Any) -> float | str:
-  """Returns a metric as JSON holds it: what is not finite is a text."""
-  try:
-    number = float(value)
-  except (TypeError, ValueError) as error:
-    raise RepositoryError(
-      f"metric {name!r}: expected a number, found {value!r:.60}"
-    ) from error
-  return number if math.isfinite(number) else str(number)
-
-
-def _message(step: int, metrics: Mapping[str, float | str]) -> str:
-  listed = ", ".join(
-    f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
-    for name, value in metrics.items()
-  )
-  return f"step {step}" + (f": {listed}" if listed else "")
