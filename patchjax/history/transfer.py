@@ -128,9 +128,10 @@ class Transfer:
     payloads = [name for name in names if not name.startswith("blobs/")]
     there = self._listed("payloads")
     sizes = {name: self._sizes(name, there) for name in payloads}
-    self._total = self.counts.bytes + sum(
-      size or 0 for files in sizes.values() for size in files.values()
-    )
+    if self.source.files.local:
+      found = [size or 0 for files in sizes.values() for size in files.values()]
+      found += [self.source.files.size(name) or 0 for name in blobs]
+      self._total = self.counts.bytes + sum(found)
     self._copy(blobs, verified=True)
     for group in _groups(sizes):
       self._copy([key for name in group for key in sizes[name]], sizes=sizes)
