@@ -17,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -75,6 +76,7 @@ def every_operation(
       dict.fromkeys((steps[number] for number in chosen), 0)
     )
     numbers = iter(chosen)
+    print(f"{verb}: {len(chosen)} kills", file=sys.stderr, flush=True)
     # Some wait for the disk while others compute.
     while batch := list(itertools.islice(numbers, _AT_ONCE)):
       children = []
