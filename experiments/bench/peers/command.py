@@ -29,6 +29,7 @@ class Command:
     self._file = folder.with_name(f"{folder.name}-file.safetensors")
     pj.Repo.init(folder)
     self._commits: list[str] = []
+    self._before: workload.Tree = {}
 
   def commit(self, version: workload.Version) -> timing.Cost:
     """`patchjax commit` of a file that is written before."""
@@ -36,7 +37,8 @@ class Command:
       files.write(self._file, workload.flat(version.value))
     else:
       self._file.unlink(missing_ok=True)
-      version.patch.save(self._file)
+      version.patch.save(self._file, base=self._before)
+    self._before = version.value
     taken = timing.cost(
       lambda: self._run("commit", str(self._file), "-m", version.name)
     )
