@@ -156,6 +156,8 @@ def _tiles(
     if held is not None and held.is_whole:
       found[name] = held.read(regions[name])
   absent = [name for name in leaves if name not in found]
+  if not absent:
+    return found  # reading nothing would look for new packs all the same
   try:
     read = reader.read_regions(
       [(name, leaves[name], regions[name]) for name in absent]
