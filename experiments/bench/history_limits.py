@@ -9,6 +9,7 @@ the changed words' differences. A patch of low rank needs its factors.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,20 @@ def version_limit(new: workload.Version, old: workload.Version | None) -> float:
   return sum(
     min(leaf_limit(x, before.get(name)), factors.get(name, math.inf))
     for name, x in after.items()
+  )
+
+
+def index_and_value(new: Any, old: Any) -> int:
+  """Returns the bytes of changed entries as 32-bit positions and values.
+
+  Args:
+    new: the numbers of a version.
+    old: those of the one before, of the same structure.
+  """
+  before = workload.flat(old)
+  return sum(
+    (4 + x.itemsize) * int(np.count_nonzero(_words(x) != _words(before[name])))
+    for name, x in workload.flat(new).items()
   )
 
 

@@ -218,15 +218,24 @@ def _targets(
     )
     for number in history_rounds.sampled(versions)
   ]
-  for number, goal in ((1, 1.1), (2, 1.1), (3, 1.05)):
+  for number in (1, 2):
     found.append(
       Target.at_most(
         f"{kind}, bytes: {versions[number].name}, of the entropy",
         results.bytes[US, number] / limits[number],
-        goal,
+        1.1,
         "x",
       )
     )
+  plain = history_limits.index_and_value(versions[3].value, versions[2].value)
+  found.append(
+    Target.at_most(
+      f"{kind}, bytes: {versions[3].name}, of index and value",
+      results.bytes[US, 3] / plain,
+      1.05,
+      "x",
+    )
+  )
   noop = results.median(US, ours.NOTHING)
   tiny = results.median(US, ours.TINY)
   found += [
