@@ -45,17 +45,20 @@ def _kills(folder: str) -> bool:
   call(lambda: faults_world.build(template))
   what = "all" if faults_operations.is_complete() else "Python's"
   print(f"storage operations counted: {what}")
-  tallies = {
-    "every operation": faults_kills.every_operation(
+  hunts = {
+    "every operation": lambda: faults_kills.every_operation(
       template, folder, VERBS.value, STRIDE.value
     ),
-    "beside 2 writers": faults_kills.random_moments(
+    "beside 2 writers": lambda: faults_kills.random_moments(
       template, folder, VERBS.value, KILLS.value, SEED.value
     ),
   }
-  print(faults_kills.tables(tallies))
-  failures = [text for tally in tallies.values() for text in tally.failures]
-  return _without(failures) and all(tally.ok for tally in tallies.values())
+  good = True
+  for hunt, run in hunts.items():
+    tally = run()
+    print(faults_kills.table(hunt, tally), flush=True)
+    good &= _without(tally.failures) and tally.ok
+  return good
 
 
 def _flips(folder: str) -> bool:

@@ -229,21 +229,21 @@ def _missing(path: str, said: list[str]) -> list[str]:
   return sorted(set(said) - known)
 
 
-def tables(tallies: dict[str, Tally]) -> str:
+def table(hunt: str, tally: Tally) -> str:
   """Returns what was killed and what came of it.
 
   Args:
-    tallies: `{hunt: tally}`.
+    hunt: what to call it.
+    tally: its counts.
   """
-  rows = []
-  for hunt, tally in tallies.items():
-    for verb, steps in tally.kills.items():
-      rows += [(hunt, verb, step, str(n)) for step, n in sorted(steps.items())]
-  text = report.table(["hunt", "verb", "killed before", "kills"], rows)
-  for hunt, tally in tallies.items():
-    kills = sum(n for steps in tally.kills.values() for n in steps.values())
-    text += (
-      f"\n{hunt}: {kills} kills, {tally.checked} repositories sound, "
-      f"{len(tally.failures)} failures"
-    )
-  return text
+  rows = [
+    (hunt, verb, step, str(n))
+    for verb, steps in tally.kills.items()
+    for step, n in sorted(steps.items())
+  ]
+  kills = sum(n for steps in tally.kills.values() for n in steps.values())
+  return (
+    report.table(["hunt", "verb", "killed before", "kills"], rows)
+    + f"\n{hunt}: {kills} kills, {tally.checked} repositories sound, "
+    f"{len(tally.failures)} failures"
+  )
