@@ -146,7 +146,7 @@ def _again(
     if (commit.recipe or {}).get("kind") == "merge":
       return _merged_again(values, commit, without)
     return _joined_again(values, commit, without, method)
-  parent = commit.parents[0]
+  (parent,) = commit.parents
   tree = values.repo.objects.commit(parent).tree
   return _picked_again(values, commit, tree, without[parent], method)
 
