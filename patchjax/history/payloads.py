@@ -35,7 +35,7 @@ _NODES = 32 << 20  # bytes of OCDBT nodes kept in memory
 
 _ALIGNMENT = 64  # bytes
 
-_IN_FLIGHT = 128 << 20  # bytes on their way to the disk at a time
+_IN_FLIGHT = 64 << 20  # bytes on their way to the disk at a time
 _FILE = 64 << 20  # bytes of a data file, at which it is written out
 
 _CHUNK = 2 << 20  # bytes of a chunk at most: what a partial read has to decode
