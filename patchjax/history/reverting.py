@@ -142,7 +142,7 @@ def _again(
   method: Any,
 ) -> Overlay:
   """Returns what is otherwise in a commit if it is so in its parents."""
-  if len(commit.parents) > 1:
+  if len(commit.parents) != 1:
     if (commit.recipe or {}).get("kind") == "merge":
       return _merged_again(values, commit, without)
     return _joined_again(values, commit, without, method)
