@@ -120,6 +120,9 @@ def _options(ocp: Any, arrays: Mapping[str, Any], compress: bool) -> Any:
   saving.storage_options.chunk_byte_size = _CHUNK
   # By default all that is compressed stays in memory until the end.
   saving.ocdbt_target_data_file_size = _FILE
+  # Slicing what is replicated is a computation on the devices, compiled for
+  # each shape; what is stored must be the bits, untouched by any.
+  saving.use_replica_parallel = False
   # Nobody writes to the arrays while we wait for this.
   context.memory.deepcopy_host_arrays = False
   largest = max((x.nbytes for x in jax.tree.leaves(arrays)), default=0)
