@@ -9,25 +9,10 @@ import pytest
 
 from patchjax.history import Repo, encodings
 from patchjax.trees import dtypes
+from tests.history.layouts import random_bits
 
 PLAIN = sorted(dtypes.KINDS)
 SMALL = {"int2", "uint2", "int4", "uint4", "float4_e2m1fn"}
-
-
-def random_bits(name, shape, seed=0):
-  """Any bit pattern a dtype has: NaN payloads, -0.0, denormals among them."""
-  kind = dtypes.KINDS[name]
-  rng = np.random.default_rng(seed)
-  if kind.bits < 8:
-    raw = rng.integers(0, 2**kind.bits, shape, dtype=np.uint8)
-    if name == "bool":
-      return raw.astype(bool)
-    # Through integers: small dtypes keep their bits in the low end.
-    if name == "float4_e2m1fn":
-      return raw.view(kind.dtype)
-    return raw.astype(np.int64).astype(kind.dtype)
-  count = int(np.prod(shape)) * kind.dtype.itemsize
-  return np.frombuffer(rng.bytes(count), kind.dtype).reshape(shape)
 
 
 def words(x):
