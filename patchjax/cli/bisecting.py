@@ -65,7 +65,7 @@ def bisect(
   With --suite, a version is good if it is accepted in place of GOOD, bad if
   it is refused, and skipped if the suite cannot tell.
   """
-  from patchjax.history import bisecting
+  from patchjax.history.commits import bisecting
 
   if bool(command) == bool(suite):
     raise click.UsageError("bisect needs -- COMMAND..., or --suite MODULE:NAME")

@@ -92,7 +92,7 @@ def merge(
   one version changed is taken from it as it is.
   """
   from patchjax import merging
-  from patchjax.history.merges import contributing
+  from patchjax.history.commits.merges import contributing
 
   given = {"density": density, "scale": scale, "weights": _numbers(weights)}
   given = {name: value for name, value in given.items() if value is not None}

@@ -94,7 +94,7 @@ def _brief(commit: Commit) -> dict[str, str]:
 @AS_JSON
 def merge_base(refs: tuple[str, ...], every: bool, as_json: bool) -> None:
   """Print the best common ancestor of REFS."""
-  from patchjax.history import graph
+  from patchjax.history.commits import graph
 
   repo = open_repo()
   if every:

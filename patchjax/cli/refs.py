@@ -13,7 +13,7 @@ from patchjax.cli.common import AS_JSON, AUTHOR, emit, open_repo
 
 if TYPE_CHECKING:
   from patchjax.history import Commit, Repo
-  from patchjax.history.listing import Listing
+  from patchjax.history.commits.listing import Listing
 
 
 @click.command()
@@ -54,7 +54,7 @@ def log(
 
   A..B stands for what leads to B and not to A, ^A leaves out what leads to A.
   """
-  from patchjax.history.listing import Listing
+  from patchjax.history.commits.listing import Listing
 
   repo = open_repo()
   names = _names(repo)
@@ -83,7 +83,7 @@ def _draw(
   oneline: bool,
 ) -> None:
   """Prints the drawing of a history; lazily, unless commits are passed over."""
-  from patchjax.history.drawing import Drawing
+  from patchjax.history.commits.drawing import Drawing
 
   drawing = Drawing()
   shown = list(listing) if listing.filtered else listing
@@ -260,7 +260,7 @@ def reflog(name: str, limit: int | None, as_json: bool) -> None:
 
 def _names(repo: Repo) -> dict[str, list[str]]:
   """Branches and tags by the commit they name, as git decorates a log."""
-  from patchjax.history.refs import REMOTES
+  from patchjax.history.storage.refs import REMOTES
 
   names = collections.defaultdict(list)
   for branch, commit in repo.branches().items():

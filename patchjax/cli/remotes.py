@@ -11,7 +11,7 @@ import click
 from patchjax.cli.common import AS_JSON, AUTHOR, emit, open_repo
 
 if TYPE_CHECKING:
-  from patchjax.history.transfer import Counts
+  from patchjax.history.remotes.transfer import Counts
 
 _ONLY = click.option(
   "--only",

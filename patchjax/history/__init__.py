@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING
 from patchjax.trees.lazy import attach
 
 if TYPE_CHECKING:
-  from patchjax.history.differences import TreeDiff as TreeDiff
-  from patchjax.history.fsck import FsckReport as FsckReport
-  from patchjax.history.objects import Commit as Commit
+  from patchjax.history.arrays.state import Record as Record
+  from patchjax.history.commits.differences import TreeDiff as TreeDiff
   from patchjax.history.repo import Repo as Repo
-  from patchjax.history.state import Record as Record
+  from patchjax.history.storage.objects import Commit as Commit
   from patchjax.history.training import Checkpointer as Checkpointer
+  from patchjax.history.upkeep.fsck import FsckReport as FsckReport
 
 __getattr__, __dir__ = attach(
   __name__,
   {
-    "differences": "TreeDiff",
-    "fsck": "FsckReport",
-    "objects": "Commit",
+    "commits.differences": "TreeDiff",
+    "upkeep.fsck": "FsckReport",
+    "storage.objects": "Commit",
     "repo": "Repo",
-    "state": "Record",
+    "arrays.state": "Record",
     "training": "Checkpointer",
   },
 )

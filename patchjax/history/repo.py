@@ -22,40 +22,34 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchjax.history import (
+from patchjax.history.arrays import exporting, lazy, pending
+from patchjax.history.commits import (
   bisecting,
   blaming,
   branching,
-  collecting,
-  config,
-  exporting,
-  fetching,
   graph,
-  layout,
-  lazy,
   listing,
   merges,
   notes,
-  pending,
   proposals,
-  pushing,
   rebasing,
   recipes,
-  reflog,
-  repack,
   reverting,
 )
-from patchjax.history.files import open_files
-from patchjax.history.fsck import check
-from patchjax.history.objects import Commit, Objects
-from patchjax.history.refs import Refs
+from patchjax.history.remotes import fetching, pushing
+from patchjax.history.storage import config, layout, reflog
+from patchjax.history.storage.files import open_files
+from patchjax.history.storage.objects import Commit, Objects
+from patchjax.history.storage.refs import Refs
+from patchjax.history.upkeep import collecting, repack
+from patchjax.history.upkeep.fsck import check
 from patchjax.trees.errors import RepositoryError
 
 if TYPE_CHECKING:
-  from patchjax.history.differences import TreeDiff
-  from patchjax.history.index import Index
-  from patchjax.history.reading import LeafReader
-  from patchjax.history.writing import LeafWriter
+  from patchjax.history.arrays.index import Index
+  from patchjax.history.arrays.reading import LeafReader
+  from patchjax.history.arrays.writing import LeafWriter
+  from patchjax.history.commits.differences import TreeDiff
   from patchjax.trees.digest import Entry
 
 # Modules that touch arrays are imported by the methods that need them: `log`
@@ -145,21 +139,21 @@ class Repo:
   @functools.cached_property
   def index(self) -> Index:
     """Where each leaf is stored."""
-    from patchjax.history.index import Index
+    from patchjax.history.arrays.index import Index
 
     return Index(self.files)
 
   @functools.cached_property
   def reader(self) -> LeafReader:
     """Reads and verifies leaves."""
-    from patchjax.history.reading import LeafReader
+    from patchjax.history.arrays.reading import LeafReader
 
     return LeafReader(self.files, self.index)
 
   @functools.cached_property
   def writer(self) -> LeafWriter:
     """Stores leaves."""
-    from patchjax.history.writing import LeafWriter
+    from patchjax.history.arrays.writing import LeafWriter
 
     return LeafWriter(self.files, self.index, self.reader)
 
@@ -236,7 +230,8 @@ class Repo:
       ...   repo.checkout(second)["w"].tolist()
       [1.0, 4.0]
     """
-    from patchjax.history import committing, processes, proposals, state
+    from patchjax.history.arrays import processes, state
+    from patchjax.history.commits import committing, proposals
     from patchjax.trees.names import named_leaves
 
     if on is not None and parents is not None:
@@ -327,7 +322,7 @@ class Repo:
       ...   repo.checkout(like=params, only="b")["b"].tolist()
       [1, 1]
     """
-    from patchjax.history import restoring
+    from patchjax.history.arrays import restoring
 
     commit = self.show(ref)
     entries = restoring.pick(
@@ -342,7 +337,7 @@ class Repo:
       a: ref of the first version.
       b: ref of the second.
     """
-    from patchjax.history import differences
+    from patchjax.history.commits import differences
 
     return differences.compare(self.tree(a), self.tree(b), self.reader)
 

@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from patchjax.history.refs import TAGS
+from patchjax.history.storage.refs import TAGS
 from patchjax.trees.errors import RefNotFoundError, RepositoryError
 
 if TYPE_CHECKING:
-  from patchjax.history.objects import Commit
   from patchjax.history.repo import Repo
+  from patchjax.history.storage.objects import Commit
 
 _KIND = "training step"
 

@@ -31,9 +31,10 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from patchjax.history import processes, steps
-from patchjax.history.refs import HEADS, TAGS, check_name
+from patchjax.history import steps
+from patchjax.history.arrays import processes
 from patchjax.history.retention import Retention, check_count
+from patchjax.history.storage.refs import HEADS, TAGS, check_name
 from patchjax.trees.errors import (
   ConflictError,
   PatchjaxError,
@@ -43,7 +44,7 @@ from patchjax.trees.errors import (
 if TYPE_CHECKING:
   import types
 
-  from patchjax.history.pending import PendingCommit
+  from patchjax.history.arrays.pending import PendingCommit
   from patchjax.history.repo import Repo
 
 GRACE = datetime.timedelta(hours=1)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from patchjax.history import TreeDiff, state
-from patchjax.history.differences import compare
+from patchjax.history import TreeDiff
+from patchjax.history.arrays import state
+from patchjax.history.commits.differences import compare
 from patchjax.trees.digest import Entry, words_digest
 from patchjax.trees.dtypes import host, is_array
 from patchjax.trees.names import named_leaves

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from patchjax.history import Record, state
+from patchjax.history import Record
+from patchjax.history.arrays import state
 from patchjax.interop import msgpack, npz, orbax, source, tensors
 from patchjax.patches.files import is_patch_file
 from patchjax.trees.dtypes import KINDS, host, is_array, is_number
@@ -229,7 +230,7 @@ def write(
   if format != "orbax":
     write_source(path, format, leaves)
     return
-  from patchjax.history import payloads
+  from patchjax.history.arrays import payloads
 
   held = state.arrays(flatten(params)[0])
   arrays = {k: _plain(k, leaf) for k, leaf in held.items() if is_array(leaf)}

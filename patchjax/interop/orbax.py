@@ -223,7 +223,7 @@ def _mend(path: pathlib.Path, tree: Any) -> Any:
 
 
 def _empty(entry: Mapping[str, Any]) -> Any:
-  from patchjax.history.reading import empty
+  from patchjax.history.arrays.reading import empty
   from patchjax.trees.digest import Entry
 
   dtype = entry["dtype"]

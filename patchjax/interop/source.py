@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patchjax.history import state
+from patchjax.history.arrays import state
 from patchjax.trees.digest import Entry
 from patchjax.trees.dtypes import KINDS, dtype_name, host, is_array
 from patchjax.trees.names import named_leaves

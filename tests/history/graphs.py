@@ -8,9 +8,9 @@ import datetime
 
 from hypothesis import strategies as st
 
-from patchjax.history import layout
-from patchjax.history.objects import commit_bytes, id_of
-from patchjax.history.refs import HEADS
+from patchjax.history.storage import layout
+from patchjax.history.storage.objects import commit_bytes, id_of
+from patchjax.history.storage.refs import HEADS
 from patchjax.trees.digest import Entry, tree_objects
 
 

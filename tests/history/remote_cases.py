@@ -9,7 +9,7 @@ import urllib.request
 import numpy as np
 
 from patchjax.history import Repo
-from patchjax.history.files import is_temporary
+from patchjax.history.storage.files import is_temporary
 
 LARGE = (150, 200)  # 120 kB of noise: a payload of its own, and no blob
 

@@ -72,7 +72,7 @@ def test_commits_follow_each_other(repo):
 def test_unchanged_arrays_are_known_and_not_copied(repo, monkeypatch):
   value = {"x": jnp.arange(9.0), "y": jnp.ones(3)}
   repo.commit_async(value, message="first").result()
-  from patchjax.history import pending
+  from patchjax.history.arrays import pending
 
   copied = []
   real = pending._copy

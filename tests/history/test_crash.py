@@ -8,7 +8,9 @@ import types
 
 import numpy as np
 
-from patchjax.history import Repo, files, payloads
+from patchjax.history import Repo
+from patchjax.history.arrays import payloads
+from patchjax.history.storage import files
 from patchjax.trees import errors
 
 

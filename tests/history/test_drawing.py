@@ -6,8 +6,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from patchjax.history import Repo, drawing
-from patchjax.history.listing import Listing
+from patchjax.history import Repo
+from patchjax.history.commits import drawing
+from patchjax.history.commits.listing import Listing
 from tests.history import graphs
 
 

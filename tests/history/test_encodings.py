@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.history import encodings
-from patchjax.history.encodings import choosing, coding, factors, zigzag
+from patchjax.history.arrays import encodings
+from patchjax.history.arrays.encodings import choosing, coding, factors, zigzag
 from patchjax.patches import pinned
 from patchjax.patches.codes import Dense, LowRank, Quantized, Sparse
 from patchjax.patches.deltas import Delta

@@ -7,7 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from patchjax.history import Repo, encodings
+from patchjax.history import Repo
+from patchjax.history.arrays import encodings
 from patchjax.trees import dtypes
 from tests.history.layouts import random_bits
 

@@ -7,7 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from patchjax.history import Repo, checking, index, reading
+from patchjax.history import Repo
+from patchjax.history.arrays import index, reading
+from patchjax.history.upkeep import checking
 from patchjax.trees import errors
 from tests.history.accidents import files_below, flip
 

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from patchjax.history import Repo, bins, index
+from patchjax.history import Repo
+from patchjax.history.arrays import index
+from patchjax.history.upkeep import bins
 from patchjax.trees import dtypes, errors
 from tests.history.accidents import files_below, flip
 
@@ -487,7 +489,7 @@ def test_who_comes_too_late_is_told(repo):
 
 
 def test_one_gc_at_a_time(repo):
-  from patchjax.history import collecting
+  from patchjax.history.upkeep import collecting
 
   with collecting._alone(repo.files):
     with pytest.raises(errors.RepositoryError, match="another gc"):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.history import Repo, graph
+from patchjax.history import Repo
+from patchjax.history.commits import graph
 from patchjax.trees import errors
 
 RNG = np.random.default_rng(0)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from patchjax.history import Repo, bisecting
+from patchjax.history import Repo
+from patchjax.history.commits import bisecting
 from patchjax.trees import errors
 from tests.history import graphs
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.history import Repo, recipes
+from patchjax.history import Repo
+from patchjax.history.commits import recipes
 from patchjax.trees import errors
 
 RNG = np.random.default_rng(1)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchjax.history import Repo, graph
+from patchjax.history import Repo
+from patchjax.history.commits import graph
 from patchjax.trees import errors
 from tests.history import graphs
 

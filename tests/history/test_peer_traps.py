@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.history import Repo, encodings
+from patchjax.history import Repo
+from patchjax.history.arrays import encodings
 from patchjax.trees import errors
 from tests.history.peer_cases import (
   LARGE,

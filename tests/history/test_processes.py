@@ -111,7 +111,7 @@ def test_what_two_processes_committed_is_restored_by_one(shared, layout):
 def test_unchanged_and_slightly_changed_leaves(shared):
   repo, report = shared
   assert report["same"] == trees.tree_id(layouts.host_value(1))
-  from patchjax.history import encodings
+  from patchjax.history.arrays import encodings
 
   assert all(encodings.ENCODINGS[name].delta for name in report["deltas"])
   for step in range(3):

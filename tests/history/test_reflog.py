@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.history import Repo, reflog
-from patchjax.history.refs import HEADS
+from patchjax.history import Repo
+from patchjax.history.storage import reflog
+from patchjax.history.storage.refs import HEADS
 from patchjax.trees import errors
 
 

@@ -15,8 +15,10 @@ from click.testing import CliRunner
 
 import patchjax as pj
 from patchjax.cli.app import patchjax
-from patchjax.history import Repo, files, pushing
-from patchjax.history.refs import HEADS, REMOTES
+from patchjax.history import Repo
+from patchjax.history.remotes import pushing
+from patchjax.history.storage import files
+from patchjax.history.storage.refs import HEADS, REMOTES
 from patchjax.trees.errors import (
   ConflictError,
   FormatError,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from patchjax.history import Repo
-from patchjax.history.files import open_files
+from patchjax.history.storage.files import open_files
 from patchjax.trees.errors import (
   ConflictError,
   IntegrityError,

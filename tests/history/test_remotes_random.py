@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from patchjax.history import Repo
-from patchjax.history.refs import HEADS, REMOTES, TAGS
+from patchjax.history.storage.refs import HEADS, REMOTES, TAGS
 from patchjax.trees.errors import ConflictError, IntegrityError, RepositoryError
 
 NAMES = ("a", "b", "c")

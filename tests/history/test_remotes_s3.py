@@ -11,7 +11,7 @@ import pytest
 
 import patchjax as pj
 from patchjax.history import Repo
-from patchjax.history.files import open_files
+from patchjax.history.storage.files import open_files
 from patchjax.trees.errors import ConflictError, RepositoryError
 from tests.history.remote_cases import (
   bytes_of,

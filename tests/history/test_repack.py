@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.history import Repo, encodings, payloads
+from patchjax.history import Repo
+from patchjax.history.arrays import encodings, payloads
 from patchjax.trees import errors
 
 

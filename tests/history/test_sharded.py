@@ -7,7 +7,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from patchjax import trees
-from patchjax.history import Repo, digesting
+from patchjax.history import Repo
+from patchjax.history.arrays import digesting
 from patchjax.trees import dtypes, tiles
 from tests.history import layouts
 

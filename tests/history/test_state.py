@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import patchjax as pj
-from patchjax.history import Record, Repo, state
+from patchjax.history import Record, Repo
+from patchjax.history.arrays import state
 from patchjax.trees import errors
 from tests.history import trainer
 

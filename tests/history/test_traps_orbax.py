@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from patchjax.history import Repo, index, payloads
+from patchjax.history import Repo
+from patchjax.history.arrays import index, payloads
 from patchjax.trees import errors
 
 RNG = np.random.default_rng(0)

@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from patchjax.history import Repo, files
+from patchjax.history import Repo
+from patchjax.history.storage import files
 from patchjax.trees import errors
 
 HISTORY = pathlib.Path(files.__file__).parent

@@ -10,7 +10,7 @@ import pytest
 
 import patchjax as pj
 from patchjax.history import Repo
-from patchjax.history.objects import id_of
+from patchjax.history.storage.objects import id_of
 from patchjax.trees import errors
 
 START = {

@@ -22,8 +22,8 @@ import optax
 
 import patchjax as pj
 from patchjax.history import Record, Repo
-from patchjax.history.refs import TAGS
-from patchjax.history.state import arrays
+from patchjax.history.arrays.state import arrays
+from patchjax.history.storage.refs import TAGS
 from patchjax.trees.errors import RepositoryError
 
 

@@ -11,7 +11,7 @@ import pytest
 from patchjax import interop, trees
 from patchjax.cli.app import patchjax
 from patchjax.history import Record, Repo
-from patchjax.history.state import arrays
+from patchjax.history.arrays.state import arrays
 from patchjax.trees import dtypes
 from patchjax.trees.errors import FormatError
 

@@ -1,0 +1,1 @@
+"""Leaves: how their bits are hashed, encoded, stored, read and verified."""

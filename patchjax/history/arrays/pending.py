@@ -1,0 +1,295 @@
+"""Commits in the background: captured at once, written while work goes on.
+
+What is committed is copied to the host before `commit_async` returns; leaves
+that this repository is known to hold are not even copied. One thread writes
+after the other, in the order of the calls, so that each commit follows the one
+before. A commit is recorded, or not, exactly as `Repo.commit` would have it;
+`result()` says which. Whoever forgets to ask is told on stderr when the
+process ends.
+
+With several processes of `jax.distributed` the commit is made before
+`commit_async` returns: what they exchange must be in step with the program's
+own collectives, which a thread in the background cannot be.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from patchjax.trees.errors import RepositoryError
+
+if TYPE_CHECKING:
+  from patchjax.history.repo import Repo
+
+_lock = threading.Lock()
+_unasked: list[PendingCommit] = []  # in the order of the calls
+
+
+class PendingCommit:
+  """A commit that is being made.
+
+  As a context manager it waits for the commit at the end of the block, and
+  raises what went wrong with it.
+
+  Attributes:
+    message: the message of the commit.
+
+  Example:
+    >>> import numpy as np
+    >>> from patchjax.history import Repo
+    >>> weights = {"w": np.float32([1, 2])}
+    >>> with Repo.temporary() as repo:
+    ...   with repo.commit_async(weights, message="start") as pending:
+    ...     weights["w"][:] = 0  # captured already
+    ...   repo.checkout(pending.result())["w"].tolist()
+    [1.0, 2.0]
+  """
+
+  def __init__(self, message: str, work: Callable[[], str]):
+    """Starts the work; `commit_async` makes these.
+
+    Args:
+      message: the message of the commit.
+      work: makes the commit and returns its id.
+    """
+    self.message = message
+    self._work = work
+    self._commit: str | None = None
+    self._error: BaseException | None = None
+    with _lock:
+      before = _unasked[-1] if _unasked else None
+      _unasked.append(self)
+    # Not a daemon: the interpreter does not end while it writes.
+    self._thread = threading.Thread(
+      target=self._run, args=(before,), name="commit_async"
+    )
+    self._thread.start()
+
+  def _run(self, before: PendingCommit | None) -> None:
+    if before is not None:
+      before._thread.join()
+    try:
+      if not threading.main_thread().is_alive():
+        raise RepositoryError(
+          "the process ended before the commit was begun; nothing was "
+          "recorded: wait for result()"
+        )
+      self._commit = self._work()
+    except BaseException as error:  # raised by result(), or told at the end
+      self._error = error
+    finally:
+      del self._work  # and with it the captured value
+
+  def done(self) -> bool:
+    """Returns whether the commit was made, or has failed."""
+    return not self._thread.is_alive()
+
+  def result(self, timeout: float | None = None) -> str:
+    """Waits for the commit and returns its id.
+
+    Args:
+      timeout: seconds to wait at most; None waits as long as it takes.
+
+    Raises:
+      TimeoutError: if it is not made yet; ask again.
+      PatchjaxError: what `Repo.commit` would have raised.
+    """
+    self._thread.join(timeout)
+    if self._thread.is_alive():
+      raise TimeoutError(
+        f"the commit {self.message!r} was not made within {timeout} seconds"
+      )
+    with _lock:
+      if self in _unasked:
+        _unasked.remove(self)
+    if self._error is not None:
+      raise self._error
+    assert self._commit is not None
+    return self._commit
+
+  def __enter__(self) -> PendingCommit:
+    return self
+
+  def __exit__(
+    self, kind: Any, error: BaseException | None, trace: Any
+  ) -> None:
+    if error is None:
+      self.result()
+      return
+    try:
+      self.result()
+    except RepositoryError as failure:
+      error.add_note(f"the commit {self.message!r} failed too: {failure}")
+
+  def __repr__(self) -> str:
+    state = "running" if not self.done() else self._commit or "failed"
+    return f"PendingCommit({self.message!r}, {state})"
+
+
+def commit_async(
+  repo: Repo,
+  value: Any,
+  *,
+  message: str,
+  branch: str | None = "main",
+  author: str | None = None,
+  time: datetime.datetime | float | None = None,
+  parents: Sequence[str] | None = None,
+  on: str | None = None,
+  recipe: dict[str, Any] | None = None,
+  retry: bool | int = False,
+  any_base: bool = False,
+) -> PendingCommit:
+  """Stores a value as `commit` does, in the background.
+
+  The value is captured before this returns: arrays that are donated, deleted
+  or written to later do not change what is committed. Commits are made one
+  after the other; without `parents` each follows the one before.
+
+  If the process ends without `result()`, a commit that was begun is finished
+  as far as Python still allows it, and stderr says for each whether it was
+  recorded, and under which id.
+
+  Args:
+    repo: the repository.
+    value: see `commit`, as for all arguments that are not listed.
+    message: what was done.
+    branch: see `commit`.
+    author: see `commit`.
+    time: when; by default now, not when it is written.
+    parents: see `commit`.
+    on: see `commit`.
+    recipe: see `commit`.
+    retry: see `commit`.
+    any_base: see `commit`.
+
+  Returns:
+    The pending commit; `result()` waits and returns its id.
+
+  Raises:
+    PatchjaxError: if the value cannot be captured: a leaf that was deleted, a
+      tree whose leaves have no names.
+
+  Example:
+    >>> import numpy as np
+    >>> from patchjax.history import Repo
+    >>> with Repo.temporary() as repo:
+    ...   pending = repo.commit_async({"w": np.ones(3)}, message="start")
+    ...   pending.result() == repo.resolve("main")
+    True
+  """
+  from patchjax.history.arrays import processes
+  from patchjax.history.commits import proposals
+  from patchjax.history.repo import Repo
+  from patchjax.history.storage import layout
+
+  options: dict[str, Any] = {
+    "message": message,
+    "branch": branch,
+    "author": author,
+    "time": time if time is not None else datetime.datetime.now(datetime.UTC),
+    "parents": parents,
+    "on": on,
+    "recipe": recipe,
+    "retry": retry,
+    "any_base": any_base,
+  }
+  layout.spell_time(options["time"])
+  if processes.count() > 1:
+    commit = repo.commit(value, **options)
+    return PendingCommit(message, lambda: commit)
+  originals: Mapping[str, weakref.ref[Any]] = {}
+  if proposals.is_patch(value):
+    import jax
+
+    captured = jax.tree.map(_copy, value)
+  else:
+    captured, originals = _capture(repo, value)
+
+  def work() -> str:
+    # One of its own: nothing is shared with what the caller does meanwhile.
+    own = Repo(repo.path)
+    commit = own.commit(captured, **options)
+    if originals:
+      _remember(own, commit, originals)
+    return commit
+
+  return PendingCommit(message, work)
+
+
+def _capture(repo: Repo, value: Any) -> tuple[Any, dict[str, weakref.ref[Any]]]:
+  """Returns a copy of a value, and the arrays whose digest will be known."""
+  import jax
+
+  from patchjax.history.arrays import known, state
+  from patchjax.history.arrays.writing import checked
+  from patchjax.trees.names import named_leaves, nested
+
+  named = checked(state.arrays(named_leaves(value)))
+  entries = {name: known.recall(x) for name, x in named.items()}
+  repo.index.refresh()
+  stored = repo.index.find(
+    {e.digest for e in entries.values() if e is not None}
+  )
+  captured, originals = {}, {}
+  for name, x in named.items():
+    entry = entries[name]
+    if entry is not None and (stored[entry.digest] or not entry.size):
+      captured[name] = entry
+      continue
+    captured[name] = _copy(x)
+    if isinstance(x, jax.Array):
+      originals[name] = weakref.ref(x)
+  return nested(captured), originals
+
+
+def _remember(
+  repo: Repo, commit: str, originals: Mapping[str, weakref.ref[Any]]
+) -> None:
+  """Notes what is known of the arrays that live on."""
+  from patchjax.history.arrays import known
+
+  tree = repo.tree(commit)
+  for name, reference in originals.items():
+    x = reference()
+    if x is not None and name in tree and not x.is_deleted():
+      known.remember(x, tree[name])
+
+
+def _copy(x: Any) -> Any:
+  """Returns a leaf that nobody else can change; a copy on the host."""
+  import numpy as np
+
+  from patchjax.history.arrays.parts import parts_of
+  from patchjax.trees import dtypes
+
+  if not dtypes.is_array(x):
+    return x
+  words = np.array(parts_of(x).words())
+  return dtypes.device(words, dtypes.dtype_name(x))
+
+
+def _tell() -> None:
+  """Says what became of commits that nobody asked about."""
+  for pending in _unasked:
+    pending._thread.join()
+    if pending._error is None:
+      said = f"it was recorded as {pending._commit}"
+    else:
+      error = pending._error
+      said = f"it FAILED ({type(error).__name__}: {error}): nothing is recorded"
+    print(
+      f"patchjax: nobody waited for the commit {pending.message!r}: {said}; "
+      "call result(), or use commit_async as a context manager",
+      file=sys.stderr,
+    )
+
+
+# After the threads have ended.
+atexit.register(_tell)

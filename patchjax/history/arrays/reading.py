@@ -1,0 +1,459 @@
+"""Reading leaves: from digests to verified bits, whole or by region.
+
+A leaf that is held as a difference is decoded from the same region of its
+base, down to one that is whole; nothing else is read. What is decoded is
+verified before anybody sees it: a whole leaf by its digest, a region tile by
+tile, by the digests of tiles that hash to the leaf's.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from patchjax.history.arrays import encodings
+from patchjax.history.arrays.index import Index, Location
+from patchjax.history.arrays.places import Packs
+from patchjax.history.remotes import partial
+from patchjax.history.storage.files import Files
+from patchjax.history.storage.threads import each
+from patchjax.trees import dtypes, tiles
+from patchjax.trees.digest import Entry, root, tile_digests, words_digest
+from patchjax.trees.errors import IntegrityError
+
+
+class LeafReader:
+  """Reads leaves of a repository by digest.
+
+  Attributes:
+    files: files of the repository.
+    index: its combined index.
+  """
+
+  def __init__(self, files: Files, index: Index):
+    self.files = files
+    self.index = index
+
+  def read(self, entries: Mapping[str, Entry]) -> dict[str, np.ndarray]:
+    """Returns the bits of leaves, verified.
+
+    Args:
+      entries: `{name: entry}` of the leaves.
+
+    Returns:
+      `{name: words}`, as `dtypes.from_words` takes them. Leaves of equal
+      digest share one array.
+
+    Raises:
+      IntegrityError: lists every leaf that is missing or damaged.
+    """
+    self.index.refresh()
+    unique = {entry.digest: entry for entry in entries.values()}
+    words = {d: empty(entry) for d, entry in unique.items() if not entry.size}
+    session = _Session(self)
+    words |= session.decode({d: e for d, e in unique.items() if d not in words})
+    if len(words) < len(unique):
+      self._look_again()
+      session = _Session(self)
+      absent = {d: e for d, e in unique.items() if d not in words}
+      words |= session.decode(absent)
+    bad = {name: e for name, e in entries.items() if e.digest not in words}
+    if bad:
+      raise IntegrityError(self._explain(bad, session.why))
+    return {name: words[entry.digest] for name, entry in entries.items()}
+
+  def read_regions(
+    self, wanted: Sequence[tuple[str, Entry, tiles.Region]]
+  ) -> list[np.ndarray]:
+    """Returns the bits of regions of leaves, verified tile by tile.
+
+    Only the chunks that hold the tiles around a region are read.
+
+    Args:
+      wanted: name, entry and region (of the leaf, without the words' last
+        axis) of each.
+
+    Returns:
+      The words of each, in order; none of them shares memory with another.
+
+    Raises:
+      IntegrityError: lists every leaf that is missing or damaged.
+    """
+    self.index.refresh()
+    session = _Session(self)
+    session.plan({entry.digest for _, entry, _ in wanted if entry.size})
+    found = each(lambda item: session.region(item[1], item[2]), wanted)
+    if any(words is None for words in found):
+      self._look_again()
+      session = _Session(self)
+      found = [
+        session.region(item[1], item[2]) if words is None else words
+        for item, words in zip(wanted, found)
+      ]
+    bad = {
+      name: entry
+      for (name, entry, _), words in zip(wanted, found)
+      if words is None
+    }
+    if bad:
+      raise IntegrityError(self._explain(bad, session.why))
+    return [words for words in found if words is not None]
+
+  def _look_again(self) -> None:
+    """Reads all indices anew, before a leaf is given up.
+
+    The cache may be damaged, or a `gc` in another process may just have taken
+    a copy that it knew to lie elsewhere too.
+    """
+    self.index.forget()
+    self.index.refresh()
+
+  def verify(
+    self, entries: Mapping[str, Entry]
+  ) -> tuple[set[str], dict[str, list[str]], set[str]]:
+    """Reads leaves from every place that claims to hold them.
+
+    Args:
+      entries: `{digest: entry}`.
+
+    Returns:
+      `(good, why, used)`: digests that can be read from some place, what is
+      wrong with the places of the others and of these, and the packs used.
+    """
+    session = _Session(self)
+    good = set(session.decode(entries, recover=False))
+    used = {place.pack for place in session.places.values()}
+    why = collections.defaultdict(list)
+    for digest, places in self.index.find(entries).items():
+      entry = entries[digest]
+      used |= {place.pack for place in places}
+      if not places:
+        why[digest].append("stored in no payload")
+      # The first place was read with the others; if in vain, that may be due
+      # to a copy of its base.
+      for place in places[1:] if digest in good else places:
+        session.why.pop(digest, None)
+        if session.read_from(place, entry, None) is None:
+          why[digest].append(session.why[digest])
+        else:
+          good.add(digest)
+    return good, dict(why), used
+
+  def verify_in_parts(
+    self, entry: Entry, bound: int
+  ) -> tuple[bool, list[str], set[str]]:
+    """Reads one leaf from every place, some of its tiles at a time.
+
+    Args:
+      entry: the leaf.
+      bound: about how many bytes to hold in memory.
+
+    Returns:
+      `(good, why, used)`: whether it can be read from some place, what is
+      wrong with the others, and the packs used.
+    """
+    session = _Session(self)
+    session.plan([entry.digest])
+    if not session.knows_tiles(entry):
+      good, all_why, used = self.verify({entry.digest: entry})
+      return bool(good), all_why.get(entry.digest, []), used
+    places = self.index.find([entry.digest])[entry.digest]
+    used = {place.pack for place in (*session.places.values(), *places)}
+    itemsize = dtypes.itemsize(entry.dtype)
+    grid = tiles.grid(entry.shape, itemsize)
+    why: list[str] = []
+    for place in places:
+      for region in _slabs(grid, bound // itemsize):
+        session.why.pop(entry.digest, None)
+        if session.read_from(place, entry, region) is None:
+          why.append(session.why[entry.digest])
+          break
+    return len(why) < len(places), why, used
+
+  def _explain(self, bad: Mapping[str, Entry], why: Mapping[str, str]) -> str:
+    absent = [n for n, e in bad.items() if e.digest not in why]
+    if len(absent) == len(bad):
+      left_out = partial.explain(self.files, absent)
+      if left_out is not None:
+        return left_out
+    lines = [f"{len(bad)} leaf/leaves cannot be read:"]
+    for name, entry in sorted(bad.items()):
+      reason = why.get(entry.digest, "stored in no payload of the repository")
+      lines.append(
+        f"  {name}: {entry.dtype}{list(entry.shape)}, digest "
+        f"{entry.digest[:16]}: {reason}"
+      )
+    lines += [f"  {pack}: {text}" for pack, text in self.index.damaged.items()]
+    lines.append(
+      "to repair: put the named payloads or blobs back from another copy of "
+      "the repository; or move the damaged ones out of it and commit a good "
+      "copy of the value (leaves are found by content, so every version "
+      "that shares them is whole again)"
+    )
+    return "\n".join(lines)
+
+
+class _Session:
+  """One call of the reader: what is open, and what went wrong.
+
+  Attributes:
+    why: why a leaf (by digest) cannot be read.
+    places: where each leaf, and each base, is read first.
+  """
+
+  def __init__(self, reader: LeafReader):
+    self.index = reader.index
+    self.files = reader.files
+    self.why: dict[str, str] = {}
+    self.places: dict[str, Location] = {}
+    self._packs = Packs(reader.files)
+
+  def plan(self, digests: Collection[str]) -> None:
+    """Finds leaves and all their bases, and opens what holds them."""
+    level = set(digests) - self.places.keys()
+    while level:
+      found = self.index.find(level)
+      self.places |= {d: places[0] for d, places in found.items() if places}
+      bases = {self.places[d].base for d in level if d in self.places}
+      level = {base for base in bases if base is not None} - self.places.keys()
+    self._packs.open(self.places.values())
+
+  def decode(
+    self, wanted: Mapping[str, Entry], *, recover: bool = True
+  ) -> dict[str, np.ndarray]:
+    """Returns the verified words of the whole leaves that can be read."""
+    self.plan(wanted.keys())
+    words: dict[str, np.ndarray] = {}
+    for part in each(
+      lambda family: self._decode_family(family, wanted), self._families(wanted)
+    ):
+      words |= part
+    if recover:
+      for digest in [d for d in wanted if d not in words]:
+        found = self._recover(wanted[digest], None, encodings.MAX_DEPTH + 1)
+        if found is not None:
+          words[digest] = found
+    return words
+
+  def _families(self, wanted: Iterable[str]) -> list[list[str]]:
+    """Groups leaves that share bases: each base is decoded once."""
+    ends: dict[str, list[str]] = collections.defaultdict(list)
+    for digest in wanted:
+      end, seen = digest, {digest}
+      while (place := self.places.get(end)) is not None:
+        if place.base is None or place.base in seen:
+          break
+        seen.add(end := place.base)
+      ends[end].append(digest)
+    return list(ends.values())
+
+  def _decode_family(
+    self, family: Sequence[str], wanted: Mapping[str, Entry]
+  ) -> dict[str, np.ndarray]:
+    chain: dict[str, Entry] = {}  # every leaf to decode
+    uses: collections.Counter[str] = collections.Counter()
+    for digest in family:
+      entry = wanted[digest]
+      while digest not in chain and (place := self.places.get(digest)):
+        # A base has the dtype and shape of what is a difference to it.
+        chain[digest] = Entry(digest, entry.dtype, entry.shape)
+        if place.base is None:
+          break
+        uses[place.base] += 1
+        digest = place.base
+    done: dict[str, np.ndarray] = {}
+    words: dict[str, np.ndarray] = {}
+    for digest in sorted(chain, key=lambda digest: self.places[digest].depth):
+      place = self.places[digest]
+      base = done.get(place.base) if place.base is not None else None
+      if place.base is not None:
+        uses[place.base] -= 1
+        if not uses[place.base]:
+          done.pop(place.base, None)
+        if base is not None and (uses[place.base] or place.base in wanted):
+          # Decoding takes over what it may write to.
+          base = base.view()
+          base.flags.writeable = False
+      found = self._decode_one(place, chain[digest], None, base)
+      if found is None:
+        continue
+      if uses[digest]:
+        done[digest] = found
+      if digest in wanted and self._verified(found, wanted[digest], place):
+        words[digest] = found
+    return words
+
+  def region(self, entry: Entry, region: tiles.Region) -> np.ndarray | None:
+    """Returns the verified words of a region; None if it cannot be read."""
+    if not tiles.size_of(region):
+      return empty(Entry(entry.digest, entry.dtype, tiles.shape_of(region)))
+    grid = tiles.grid(entry.shape, dtypes.itemsize(entry.dtype))
+    around = grid.widened(region)
+    whole = around == tiles.whole(entry.shape) or self._tiles(entry) is None
+    if whole:
+      around = tiles.whole(entry.shape)
+    place = self.places.get(entry.digest)
+    words = None
+    if place is not None:
+      words = self._through(place, entry, None if whole else around)
+    if words is None:
+      words = self._recover(
+        entry, None if whole else around, encodings.MAX_DEPTH + 1
+      )
+    if words is None or around == region:
+      return words
+    # A copy: a view would keep the tiles around it in memory.
+    return words[tiles.within(region, around)].copy()
+
+  def _through(
+    self, place: Location, entry: Entry, region: tiles.Region | None
+  ) -> np.ndarray | None:
+    """Decodes a region through the planned chain, and verifies the end."""
+    chain = [place]
+    while (digest := chain[-1].base) is not None:
+      below = self.places.get(digest)
+      if below is None or below.depth >= chain[-1].depth:
+        return None
+      chain.append(below)
+    words = None
+    for link in reversed(chain):
+      below = Entry(link.digest, entry.dtype, entry.shape)
+      words = self._decode_one(link, below, region, words)
+      if words is None:
+        return None
+    if words is not None and self._verified(words, entry, place, region):
+      return words
+    return None
+
+  def _recover(
+    self, entry: Entry, region: tiles.Region | None, below: int
+  ) -> np.ndarray | None:
+    """Tries every place of a leaf, and of its bases, one by one."""
+    for place in self.index.find([entry.digest])[entry.digest]:
+      if place.depth >= below:
+        break  # chains only go down: damaged indices must not make a loop
+      words = self.read_from(place, entry, region)
+      if words is not None:
+        return words
+    return None
+
+  def read_from(
+    self, place: Location, entry: Entry, region: tiles.Region | None
+  ) -> np.ndarray | None:
+    """Reads a leaf from one place, its base from wherever it is intact."""
+    base = None
+    if place.base is not None:
+      below = Entry(place.base, entry.dtype, entry.shape)
+      base = self._recover(below, region, place.depth)
+    words = self._decode_one(place, entry, region, base)
+    if words is not None and self._verified(words, entry, place, region):
+      return words
+    return None
+
+  def _decode_one(
+    self,
+    place: Location,
+    entry: Entry,
+    region: tiles.Region | None,
+    base: np.ndarray | None,
+  ) -> np.ndarray | None:
+    """Decodes one link of a chain; says in `why` why it cannot."""
+    where = f"{self.files.path(place.pack)}, array {place.key!r}"
+    if place.base is not None and base is None:
+      self.why[entry.digest] = "its base is damaged or missing: " + (
+        self.why.get(place.base, place.base)
+      )
+      return None
+    shape = entry.shape if region is None else tiles.shape_of(region)
+    expected = encodings.words_shape(entry.dtype, shape)
+    try:
+      encoding = encodings.ENCODINGS[place.encoding]
+      fetch = self._packs.fetch(place)
+      words = encoding.decode(entry, region, fetch, base)
+    except IntegrityError as error:
+      self.why[entry.digest] = str(error)
+      return None
+    except (ValueError, LookupError) as error:
+      self.why[entry.digest] = f"{where}: {error}"
+      return None
+    if words.shape != expected:
+      self.why[entry.digest] = (
+        f"{where}: expected the shape {entry.shape}, found words of shape "
+        f"{words.shape}"
+      )
+      return None
+    return words
+
+  def knows_tiles(self, entry: Entry) -> bool:
+    """Returns whether a region of a leaf can be verified on its own."""
+    return self._tiles(entry) is not None
+
+  def _tiles(self, entry: Entry) -> list[bytes] | None:
+    """Returns the digests of the tiles of a leaf, if some index knows them."""
+    for place in self.index.find([entry.digest])[entry.digest]:
+      if place.tiles is None:
+        continue
+      try:
+        octets = bytes.fromhex(place.tiles)
+      except ValueError:
+        continue
+      level = [octets[i : i + 32] for i in range(0, len(octets), 32)]
+      if root(level, entry.dtype, entry.shape) == entry.digest:
+        return level
+    return None
+
+  def _verified(
+    self,
+    words: np.ndarray,
+    entry: Entry,
+    place: Location,
+    region: tiles.Region | None = None,
+  ) -> bool:
+    if region is None:
+      fine = words_digest(words, entry.dtype, entry.shape) == entry.digest
+    else:
+      known = self._tiles(entry)
+      grid = tiles.grid(entry.shape, dtypes.itemsize(entry.dtype))
+      numbers = grid.inside(region)
+      found = tile_digests(words, entry.shape, region, numbers)
+      fine = known is not None and found == [known[n] for n in numbers]
+    if not fine:
+      self.why[entry.digest] = (
+        f"{self.files.path(place.pack)}, array {place.key!r}: the bits have "
+        "another digest"
+      )
+    return fine
+
+
+def _slabs(grid: tiles.Grid, size: int) -> Iterator[tiles.Region]:
+  """Yields regions that make up a leaf: slices along its longest row of tiles.
+
+  Args:
+    grid: how the leaf is cut.
+    size: about how many elements a slab may have; at least a tile's width.
+  """
+  axis = max(range(len(grid.shape)), key=lambda d: grid.counts[d])
+  edges = grid.edges[axis]
+  width = max(size // (math.prod(grid.shape) // grid.shape[axis]), 1)
+  start = 0
+  while start < len(edges) - 1:
+    stop = start + 1
+    while stop + 1 < len(edges) and edges[stop + 1] - edges[start] <= width:
+      stop += 1
+    region = list(tiles.whole(grid.shape))
+    region[axis] = slice(edges[start], edges[stop])
+    yield tuple(region)
+    start = stop
+
+
+def empty(entry: Entry) -> np.ndarray:
+  """Returns the bits of a leaf without entries; it is stored nowhere.
+
+  Args:
+    entry: an entry whose shape has a zero.
+  """
+  shape = encodings.words_shape(entry.dtype, entry.shape)
+  return np.zeros(shape, encodings.word_of(entry.dtype))

@@ -1,0 +1,1 @@
+"""Commits: their graph, and the verbs that make and read them."""

@@ -1,0 +1,1 @@
+"""Remotes: other repositories, and what is copied from and to them."""

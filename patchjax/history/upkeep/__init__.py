@@ -1,0 +1,1 @@
+"""Upkeep: collecting garbage, checking, repacking."""

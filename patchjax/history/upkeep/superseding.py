@@ -1,0 +1,156 @@
+"""Which payloads and blobs are needed, where leaves lie in several places.
+
+After a repack, and after two writers raced, a leaf lies in more than one
+place. A pack is needed if some leaf is read best from it. Of a pack that is
+needed every leaf stays readable: a leaf that an index lists, with all that it
+is a difference to, counts as stored, and the next commit may rely on it.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from patchjax.history.arrays import encodings
+from patchjax.history.arrays.index import INDEX, Index, Location
+from patchjax.history.storage.files import Files
+from patchjax.history.storage.objects import key_of
+
+Places = Mapping[str, Sequence[Location]]
+
+
+def by_digest(
+  packs: Mapping[str, Sequence[Location]], generations: Mapping[str, int]
+) -> dict[str, list[Location]]:
+  """Returns the places of each leaf, the best first.
+
+  Args:
+    packs: `{pack: what its index says}`.
+    generations: `{pack: how often its leaves were repacked}`.
+
+  Returns:
+    `{digest: places}`: repacked ones first, then short chains.
+  """
+  places = collections.defaultdict(list)
+  for locations in packs.values():
+    for place in locations:
+      places[place.digest].append(place)
+  for found in places.values():
+    found.sort(key=lambda p: (-generations.get(p.pack, 0), p.depth, p.pack))
+  return dict(places)
+
+
+def needed(
+  leaves: Iterable[str],
+  packs: Mapping[str, Sequence[Location]],
+  places: Places,
+  kept: Iterable[str] = (),
+) -> set[str]:
+  """Returns the packs that are needed to read some leaves.
+
+  Args:
+    leaves: digests of the leaves.
+    packs: `{pack: what its index says}`.
+    places: see `by_digest`.
+    kept: packs that stay in any case.
+
+  Returns:
+    Packs from which every one of the leaves, and every leaf in any of these
+    packs, is read without the others. Of a leaf that cannot be read (its base
+    is gone) every place is needed: one may be mended yet.
+  """
+  found = set(kept)
+  for digest in leaves:
+    found |= _packs(digest, places)
+  stack = list(found)
+  while stack:
+    for place in packs.get(stack.pop(), ()):
+      if place.base is not None:
+        below = _packs(place.base, places, place.depth)
+        stack += below - found
+        found |= below
+  return found
+
+
+def _packs(digest: str, places: Places, below: float = math.inf) -> set[str]:
+  read = chain(digest, places, below) or places.get(digest, ())
+  return {place.pack for place in read}
+
+
+def chains(
+  index: Index, digests: Iterable[str]
+) -> dict[str, list[Location] | None]:
+  """Returns where leaves are read from, bases included.
+
+  Args:
+    index: a combined index.
+    digests: digests of the leaves.
+
+  Returns:
+    `{digest: places}`; None for a leaf that is not stored, or whose base, or
+    the base of that, is not.
+  """
+  places: dict[str, list[Location]] = {}
+  level = wanted = set(digests)
+  while level:
+    found = index.find(level)
+    places |= found
+    bases = {p.base for each in found.values() for p in each if p.base}
+    level = bases - places.keys()
+  return {digest: chain(digest, places) for digest in wanted}
+
+
+def chain(
+  digest: str, places: Places, below: float = math.inf
+) -> list[Location] | None:
+  """Returns where a leaf is read from, down to one that is whole.
+
+  Args:
+    digest: digest of the leaf.
+    places: where it and its bases lie, the best place first.
+    below: how long its chain of differences must not be.
+
+  Returns:
+    The places; None if it cannot be read.
+  """
+  for place in places.get(digest, ()):
+    # Chains only go down, and readers rely on it.
+    if place.depth >= below:
+      continue
+    if place.base is None:
+      return [place]
+    rest = chain(place.base, places, place.depth)
+    if rest is not None:
+      return [place, *rest]
+  return None
+
+
+def claim(files: Files, index: Index, digests: Iterable[str]) -> set[str]:
+  """Returns which leaves need not be written, and keeps them from a `gc`.
+
+  Args:
+    files: files of the repository.
+    index: its combined index, refreshed.
+    digests: digests of leaves that a commit is going to refer to.
+
+  Returns:
+    Leaves that are stored with all that they are differences to.
+  """
+  found = {d: places for d, places in chains(index, digests).items() if places}
+  keys = {d: _keys(places) for d, places in found.items()}
+  touched = set().union(*keys.values())
+  # What belongs to another user cannot be freshened: it is there, at least.
+  gone = {k for k in touched if not files.freshen(k) and not files.exists(k)}
+  return {digest for digest in found if not keys[digest] & gone}
+
+
+def _keys(places: Iterable[Location]) -> set[str]:
+  """Returns the keys of the files by whose time a `gc` goes."""
+  found = set()
+  for place in places:
+    inside = place.pack.startswith("payloads/")
+    found.add(f"{place.pack}/{INDEX}" if inside else place.pack)
+    object_ = encodings.object_of(place.encoding, place.key)
+    found |= set() if object_ is None else {key_of(object_)}
+  return found
