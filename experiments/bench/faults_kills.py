@@ -30,6 +30,7 @@ from patchjax.trees import report
 
 _TIMEOUT = 120.0
 _AT_ONCE = max(1, (os.cpu_count() or 1))
+_AIMS = 3  # how far around an operation it is looked for
 
 
 @dataclasses.dataclass
@@ -72,32 +73,45 @@ def every_operation(
     call(functools.partial(_run, path, verb, listing=listing))
     steps = operations.steps(listing)
     chosen = range(0, len(steps), stride)
-    killed = tally.kills[verb] = collections.Counter(
+    tally.kills[verb] = collections.Counter(
       dict.fromkeys((steps[number] for number in chosen), 0)
     )
-    numbers = iter(chosen)
     print(f"{verb}: {len(chosen)} kills", file=sys.stderr, flush=True)
-    # Some wait for the disk while others compute.
-    while batch := list(itertools.islice(numbers, _AT_ONCE)):
-      children = []
-      for number in batch:
-        path = world.copy(template, os.path.join(folder, f"step{number}"))
-        children.append((number, path, _dying(path, verb, number)))
-      after = []
-      for number, path, child in children:
-        status = child.wait(_TIMEOUT)
-        if status == -signal.SIGKILL:
-          killed[steps[number]] += 1
-        elif status != 0:
-          # It may take an operation less than the last time; no more than that.
-          tally.failures.append(f"{verb}: {child.trouble or status}")
-        after.append((f"{verb}, before {steps[number]}", path, verb))
-      _check(after, tally)
+    _kill_before(chosen, template, folder, verb, tally)
+    # Threads take turns as they like, so that an operation is now the n-th,
+    # now the one after: what was missed is aimed at again, and around it.
+    for shift in range(2 * _AIMS):
+      missed = [k for k, n in tally.kills[verb].items() if not n]
+      around = (shift + 1) // 2 * (-1) ** shift
+      numbers = {len(steps) - 1 - steps[::-1].index(k) + around for k in missed}
+      _kill_before(numbers, template, folder, verb, tally)
   return tally
 
 
-def _dying(path: str, verb: str, number: int) -> Child:
-  return Child(lambda say: _run(path, verb, limit=number))
+def _kill_before(
+  numbers: Iterable[int], template: str, folder: str, verb: str, tally: Tally
+) -> None:
+  """Kills a verb before some of its operations, and checks what is left."""
+  waiting = iter(number for number in numbers if number >= 0)
+  # Some wait for the disk while others compute.
+  while batch := list(itertools.islice(waiting, _AT_ONCE)):
+    children = []
+    for number in batch:
+      path = world.copy(template, os.path.join(folder, f"step{number}"))
+      listing = os.path.join(folder, f"operations{number}")
+      run = functools.partial(_run, path, verb, limit=number, listing=listing)
+      children.append((path, listing, Child(lambda say, run=run: run())))
+    after = []
+    for path, listing, child in children:
+      status = child.wait(_TIMEOUT)
+      last = operations.steps(listing)[-1]
+      os.unlink(listing)
+      if status == -signal.SIGKILL:
+        tally.kills[verb][last] += 1
+      elif status != 0:  # 0: it had fewer operations than the last time
+        tally.failures.append(f"{verb}: {child.trouble or status}")
+      after.append((f"{verb}, before {last}", path, verb))
+    _check(after, tally)
 
 
 def _run(
