@@ -21,6 +21,7 @@ import importlib.util
 import math
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -52,6 +53,10 @@ _STORAGE_ERRORS = (
   ValueError,
 )
 
+# Orbax counts the saves of a process: two at once, in two threads, take each
+# other's steps, and fail or wait for minutes.
+_one_at_a_time = threading.Lock()
+
 
 def save(
   path: str,
@@ -79,7 +84,7 @@ def save(
   try:
     if "://" not in path:
       processes.together(lambda: _probe(path))
-    with _quiet(), _options(ocp, arrays, compress):
+    with _one_at_a_time, _quiet(), _options(ocp, arrays, compress):
       ocp.save(path, arrays, custom_metadata=metadata)
   except _STORAGE_ERRORS as error:
     folder, name = os.path.split(path)
