@@ -30,7 +30,9 @@ from patchjax.trees import report
 
 _TIMEOUT = 120.0
 _AT_ONCE = max(1, (os.cpu_count() or 1))
-_AIMS = 3  # how far around an operation it is looked for
+_AIMS = 9  # how often an operation that was missed is aimed at again
+_MOMENT = "random moment"
+_ENOUGH = 5  # kills a verb from which on each of them must be met
 
 
 @dataclasses.dataclass
@@ -73,17 +75,21 @@ def every_operation(
     call(functools.partial(_run, path, verb, listing=listing))
     steps = operations.steps(listing)
     chosen = range(0, len(steps), stride)
+    # None may be left out, unless it was asked to leave some out.
     tally.kills[verb] = collections.Counter(
-      dict.fromkeys((steps[number] for number in chosen), 0)
+      dict.fromkeys(steps, 0) if stride == 1 else {}
     )
     print(f"{verb}: {len(chosen)} kills", file=sys.stderr, flush=True)
     _kill_before(chosen, template, folder, verb, tally)
     # Threads take turns as they like, so that an operation is now the n-th,
     # now the one after: what was missed is aimed at again, and around it.
-    for shift in range(2 * _AIMS):
+    for aim in range(_AIMS):
       missed = [k for k, n in tally.kills[verb].items() if not n]
-      around = (shift + 1) // 2 * (-1) ** shift
-      numbers = {len(steps) - 1 - steps[::-1].index(k) + around for k in missed}
+      around = (aim + 1) // 2 * (-1) ** aim
+      numbers = set()
+      for step in missed:
+        places = [n for n, other in enumerate(steps) if other == step]
+        numbers.add(places[aim % len(places)] + around)
       _kill_before(numbers, template, folder, verb, tally)
   return tally
 
@@ -154,6 +160,9 @@ def random_moments(
   rng = random.Random(seed)
   names = list(verbs)
   tally = Tally({verb: collections.Counter() for verb in names}, 0, [])
+  if kills >= _ENOUGH * len(names):
+    for counts in tally.kills.values():
+      counts[_MOMENT] = 0  # none may be left out
   longest = dict.fromkeys(names, 1.0)
   path = os.path.join(folder, "random")
   trials = 0
@@ -169,7 +178,8 @@ def random_moments(
     killed, seconds, trouble = _moment(path, verb, rng, longest[verb])
     # Kills that come too late say how long the verb takes.
     longest[verb] = longest[verb] if killed else 0.9 * seconds
-    tally.kills[verb]["random moment"] += killed
+    if killed:
+      tally.kills[verb][_MOMENT] += 1
     tally.failures += [f"{verb}: {text}" for text in trouble]
     if killed:
       _check([(f"{verb}, at a random moment", path, verb)], tally)
