@@ -66,6 +66,18 @@ def common(*sides: str) -> dict[str, Any]:
   return {"data": data}
 
 
+@functools.cache
+def alone() -> dict[str, Any]:
+  """Returns a value without parents that is close to that of `main`.
+
+  It is committed whole; a repack finds what it is a difference to.
+  """
+  near = folder_of("base", 0)["data"]
+  rng = np.random.default_rng(1)
+  noise = rng.integers(-99, 99, near.shape).astype(np.float32)
+  return {"base": {"data": near + noise}}
+
+
 def value(steps: Mapping[str, int], *sides: str) -> dict[str, Any]:
   """Returns the value in which each owner has come to some step.
 
@@ -95,8 +107,9 @@ def build(path: str) -> None:
   """Makes the history that accidents happen to.
 
   `main` has a chain of differences and a blob; `left` and `right` wait to be
-  merged; `copy` holds leaves that a repack would hold better; garbage waits to
-  be collected, old enough for it; `path-remote` is a repository to push to.
+  merged; `copy` is ahead of `main`; `alone` holds a leaf that a repack holds
+  better; garbage waits to be collected, old enough for it; `path-remote` is a
+  repository to push to.
 
   Args:
     path: folder to create.
@@ -119,6 +132,7 @@ def build(path: str) -> None:
     repo.commit(
       value({**base, "base": step}), message=f"base {step}", branch="copy"
     )
+  repo.commit(alone(), message="alone", branch="alone", parents=[])
   repo.tag("v1", "main~1")
   lost = repo.commit(
     value({**base, "base": 30}),
@@ -148,6 +162,7 @@ def values() -> dict[str, dict[str, Any]]:
     "left": value({**first, "base": 2, "left": 1}, "left"),
     "right": value({**first, "base": 2, "right": 1}, "right"),
     "copy": value({**first, "base": 7}),
+    "alone": alone(),
   }
 
 
@@ -276,6 +291,9 @@ def problems(repo: Repo) -> list[str]:
 def _wrong_bits(repo: Repo, id_: str) -> list[str]:
   """Returns the folders of a version that are not what their steps say."""
   found = repo.checkout(id_, like=like(repo, id_))
+  if "common" not in found:
+    same = np.array_equal(found["base"]["data"], alone()["base"]["data"])
+    return [] if same else ["base"]
   theirs = found.pop("common")["data"]
   sides = [side for side in ("left", "right") if found[side]["step"]]
   # Only their merge has both.
@@ -294,6 +312,8 @@ def _expected(message: str, parents: list[Entries]) -> Entries:
     for owner in ("base", "left", "right", *WRITERS):
       first |= _of_owner(owner, 0)
     return first
+  if message == "alone":
+    return _entries("base", alone()["base"])
   first = dict(parents[0])
   if message == "merge":
     for name, parent in zip(("left", "right"), parents[1:], strict=True):
