@@ -20,8 +20,6 @@ NOT_BUILT = {
   "belongs with the adapters' release; pj.apply materialises W + BA until then",
   "statistics beyond Fisher (Gram, K-FAC)": "they come with the merge methods "
   "that need them",
-  "repo.push, pull, clone; gc; commit_async; gs://": "remotes, several "
-  "processes and garbage collection are the next step of the storage engine",
   "pj.release beyond PATCH evidence": "install, ranges, locks and forks come "
   "with packages; MINOR and MAJOR are classified by structure already",
 }
@@ -181,6 +179,18 @@ for commit in repo.log():
   print(commit.id[:12], commit.message)
 print(repo.diff("start", "main"))
 assert repo.merge_base("ducksville", "fidmor") == v1
+with repo.commit_async(tuned, message="in the background", branch="fidmor"):
+  pass  # what is done here overlaps with the writing
+lazy = repo.open("main")["query/kernel"]
+assert lazy.shape == (8, 16)
+assert np.array_equal(lazy[2:4], whole["query"]["kernel"][2:4])
+assert repo.blame("main", only="query/.*")
+repo.revert("fidmor", branch="fidmor")
+repo.push(folder / "copy.git")
+theirs = pj.Repo.clone(folder / "copy.git", folder / "theirs")
+assert theirs.resolve("main") == repo.resolve("main")
+assert repo.repack() is not None
+assert repo.gc(dry_run=True) is not None
 assert repo.fsck().ok
 repo.export("main", folder / "plain_orbax")
 

@@ -17,7 +17,6 @@ import patchjax as pj
 from patchjax.cli.app import patchjax
 from patchjax.history import Repo
 from patchjax.history.remotes import pushing
-from patchjax.history.storage import files
 from patchjax.history.storage.refs import HEADS, REMOTES
 from patchjax.trees.errors import (
   ConflictError,
@@ -287,7 +286,7 @@ def test_death_at_every_storage_operation(repo, tmp_path, monkeypatch, verb):
 
 _KILLED = """
 import os, sys, threading
-from patchjax.history import Repo, files
+from patchjax.history import Repo
 
 source, there, most = sys.argv[1], sys.argv[2], int(sys.argv[3])
 copied, lock = 0, threading.Lock()

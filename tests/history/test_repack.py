@@ -199,7 +199,8 @@ def test_what_comes_back_wrong_is_not_kept(repo, monkeypatch):
 
 _KILLED = """
 import os, signal, sys
-from patchjax.history import Repo, index, payloads
+from patchjax.history import Repo
+from patchjax.history.arrays import index, payloads
 at = sys.argv[2]
 if at == "before":
   payloads.save = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
