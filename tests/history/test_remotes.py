@@ -17,6 +17,7 @@ import patchjax as pj
 from patchjax.cli.app import patchjax
 from patchjax.history import Repo
 from patchjax.history.remotes import pushing
+from patchjax.history.storage import files
 from patchjax.history.storage.refs import HEADS, REMOTES
 from patchjax.trees.errors import (
   ConflictError,
