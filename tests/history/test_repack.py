@@ -248,6 +248,26 @@ def test_a_damaged_leaf_is_named_and_nothing_changes(repo):
   assert repo.index.packs() == packs
 
 
+def test_a_base_may_go_deeper_while_a_commit_is_written(repo, monkeypatch):
+  _, value = two_roots(repo)
+  repo.repack()
+  value["a"] = value["a"].copy()
+  value["a"][0, :5] += 1
+  writer = repo.writer
+  store = writer._store
+
+  def collect_first(*arguments):
+    assert Repo(repo.path).gc().removed
+    return store(*arguments)
+
+  monkeypatch.setattr(writer, "_store", collect_first)
+  repo.commit(value, message="on what goes", branch="other")
+  opened = Repo(repo.path)
+  np.testing.assert_array_equal(opened.checkout("other")["a"], value["a"])
+  np.testing.assert_array_equal(opened.open("other")["a"][:1], value["a"][:1])
+  assert opened.fsck().ok
+
+
 def test_the_command_says_what_it_did(repo):
   from click.testing import CliRunner
 

@@ -233,7 +233,7 @@ class _Session:
       words |= part
     if recover:
       for digest in [d for d in wanted if d not in words]:
-        found = self._recover(wanted[digest], None, encodings.MAX_DEPTH + 1)
+        found = self._recover(wanted[digest], None)
         if found is not None:
           words[digest] = found
     return words
@@ -266,7 +266,7 @@ class _Session:
         digest = place.base
     done: dict[str, np.ndarray] = {}
     words: dict[str, np.ndarray] = {}
-    for digest in sorted(chain, key=lambda digest: self.places[digest].depth):
+    for digest in sorted(chain, key=self._links):
       place = self.places[digest]
       base = done.get(place.base) if place.base is not None else None
       if place.base is not None:
@@ -286,6 +286,19 @@ class _Session:
         words[digest] = found
     return words
 
+  def _links(self, digest: str) -> int:
+    """Returns how many bases a leaf is read through.
+
+    Not what its index says: a base may have been repacked since, and lie
+    deeper.
+    """
+    seen = {digest}
+    while (place := self.places.get(digest)) is not None:
+      if place.base is None or place.base in seen:
+        break
+      seen.add(digest := place.base)
+    return len(seen)
+
   def region(self, entry: Entry, region: tiles.Region) -> np.ndarray | None:
     """Returns the verified words of a region; None if it cannot be read."""
     if not tiles.size_of(region):
@@ -300,9 +313,7 @@ class _Session:
     if place is not None:
       words = self._through(place, entry, None if whole else around)
     if words is None:
-      words = self._recover(
-        entry, None if whole else around, encodings.MAX_DEPTH + 1
-      )
+      words = self._recover(entry, None if whole else around)
     if words is None or around == region:
       return words
     # A copy: a view would keep the tiles around it in memory.
@@ -312,11 +323,12 @@ class _Session:
     self, place: Location, entry: Entry, region: tiles.Region | None
   ) -> np.ndarray | None:
     """Decodes a region through the planned chain, and verifies the end."""
-    chain = [place]
+    chain, seen = [place], {entry.digest}
     while (digest := chain[-1].base) is not None:
       below = self.places.get(digest)
-      if below is None or below.depth >= chain[-1].depth:
+      if below is None or digest in seen:
         return None
+      seen.add(digest)
       chain.append(below)
     words = None
     for link in reversed(chain):
@@ -329,25 +341,37 @@ class _Session:
     return None
 
   def _recover(
-    self, entry: Entry, region: tiles.Region | None, below: int
+    self,
+    entry: Entry,
+    region: tiles.Region | None,
+    above: frozenset[str] = frozenset(),
   ) -> np.ndarray | None:
-    """Tries every place of a leaf, and of its bases, one by one."""
+    """Tries every place of a leaf, and of its bases, one by one.
+
+    `above` are the leaves that are to be decoded from it: damaged indices
+    must not make a loop.
+    """
     for place in self.index.find([entry.digest])[entry.digest]:
-      if place.depth >= below:
-        break  # chains only go down: damaged indices must not make a loop
-      words = self.read_from(place, entry, region)
+      if place.base in above:
+        self.why[entry.digest] = "its base is a difference to it"
+        continue
+      words = self.read_from(place, entry, region, above)
       if words is not None:
         return words
     return None
 
   def read_from(
-    self, place: Location, entry: Entry, region: tiles.Region | None
+    self,
+    place: Location,
+    entry: Entry,
+    region: tiles.Region | None,
+    above: frozenset[str] = frozenset(),
   ) -> np.ndarray | None:
     """Reads a leaf from one place, its base from wherever it is intact."""
     base = None
     if place.base is not None:
       below = Entry(place.base, entry.dtype, entry.shape)
-      base = self._recover(below, region, place.depth)
+      base = self._recover(below, region, above | {entry.digest})
     words = self._decode_one(place, entry, region, base)
     if words is not None and self._verified(words, entry, place, region):
       return words

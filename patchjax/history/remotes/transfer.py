@@ -160,8 +160,11 @@ class Transfer:
         continue
       # A store is not asked file by file.
       size = source.size(key) if source.local else None
+      # What an interrupted copy left must not fall to a `gc` meanwhile, which
+      # takes it for a leftover until its index is there.
       whole = key in has and (
-        not target.local or size is None or target.holds(key, size)
+        not target.local
+        or (target.freshen(key) and (size is None or target.holds(key, size)))
       )
       if not whole:
         found[key] = size

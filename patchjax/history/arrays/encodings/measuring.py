@@ -36,8 +36,8 @@ def sample(size: int) -> Any:
 def compressible(x: np.ndarray) -> bool:
   """Returns whether compressing an array is worth its price, on a sample.
 
-  zstd takes four times as long as the bytes alone to write weights, and three
-  times as long to read them, for a tenth (float32) or a fifth (bfloat16).
+  Coding and decoding take longer than the bytes alone, and weights hardly get
+  smaller by it.
 
   Args:
     x: array of a plain dtype.
