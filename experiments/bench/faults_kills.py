@@ -80,17 +80,14 @@ def every_operation(
       dict.fromkeys(steps, 0) if stride == 1 else {}
     )
     print(f"{verb}: {len(chosen)} kills", file=sys.stderr, flush=True)
-    _kill_before(chosen, template, folder, verb, tally)
+    aims = [(number, "") for number in chosen]
+    _kill_before(aims, template, folder, verb, tally)
     # Threads take turns as they like, so that an operation is now the n-th,
-    # now the one after: what was missed is aimed at again, and around it.
-    for aim in range(_AIMS):
-      missed = [k for k, n in tally.kills[verb].items() if not n]
-      around = (aim + 1) // 2 * (-1) ** aim
-      numbers = set()
-      for step in missed:
-        places = [n for n, other in enumerate(steps) if other == step]
-        numbers.add(places[aim % len(places)] + around)
-      _kill_before(numbers, template, folder, verb, tally)
+    # now the one after: what was missed is aimed at by what it is.
+    for number in range(_AIMS):
+      missed = [step for step, n in tally.kills[verb].items() if not n]
+      aims = [(number, step) for step in missed]
+      _kill_before(aims, template, folder, verb, tally)
   return tally
 
 
@@ -109,17 +106,22 @@ def _distinct(steps: list[str]) -> list[int]:
 
 
 def _kill_before(
-  numbers: Iterable[int], template: str, folder: str, verb: str, tally: Tally
+  aims: Iterable[tuple[int, str]],
+  template: str,
+  folder: str,
+  verb: str,
+  tally: Tally,
 ) -> None:
-  """Kills a verb before some of its operations, and checks what is left."""
-  waiting = iter(number for number in numbers if number >= 0)
+  """Kills a verb before its n-th operation (of a kind), and checks it."""
+  waiting = iter(aims)
   # Some wait for the disk while others compute.
   while batch := list(itertools.islice(waiting, _AT_ONCE)):
     children = []
-    for number in batch:
-      path = world.copy(template, os.path.join(folder, f"step{number}"))
-      listing = os.path.join(folder, f"operations{number}")
-      run = functools.partial(_run, path, verb, limit=number, listing=listing)
+    for i, (number, step) in enumerate(batch):
+      path = world.copy(template, os.path.join(folder, f"step{i}"))
+      listing = os.path.join(folder, f"operations{i}")
+      aim = {"limit": number, "step": step, "listing": listing}
+      run = functools.partial(_run, path, verb, **aim)
       children.append((path, listing, Child(lambda say, run=run: run())))
     after = []
     for path, listing, child in children:
@@ -134,11 +136,9 @@ def _kill_before(
     _check(after, tally)
 
 
-def _run(
-  path: str, verb: str, *, limit: int = -1, listing: str | None = None
-) -> None:
+def _run(path: str, verb: str, **aim: Any) -> None:
   repo = Repo(path)
-  operations.arm(os.path.dirname(path), limit=limit, listing=listing)
+  operations.arm(os.path.dirname(path), **aim)
   world.VERBS[verb](repo)
 
 

@@ -17,14 +17,19 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-static char root[PATH_MAX];
+static char root[PATH_MAX], call[64], place[64];
 static size_t length;
 static atomic_int armed;
 static atomic_long count, limit;
 static int list = -1;
 
-void faults_arm(const char *path, long n, int fd) {
+/* Dies before the n-th operation below a path, or, if a call and a part of a
+   path are given, before the n-th such call on such a path. */
+void faults_arm(const char *path, long n, int fd, const char *what,
+                const char *part) {
   strncpy(root, path, sizeof root - 1);
+  strncpy(call, what, sizeof call - 1);
+  strncpy(place, part, sizeof place - 1);
   length = strlen(root);
   atomic_store(&count, 0);
   atomic_store(&limit, n);
@@ -38,7 +43,8 @@ static ssize_t (*real_write)(int, const void *, size_t);
 
 static void step(const char *what, const char *path) {
   if (strncmp(path, root, length) != 0) return;
-  long n = atomic_fetch_add(&count, 1);
+  int meant = !*call || (!strcmp(what, call) && strstr(path + length, place));
+  long n = meant ? atomic_fetch_add(&count, 1) : -2;
   if (list >= 0) {
     char line[PATH_MAX + 64];
     int size = snprintf(line, sizeof line, "%s %s\n", what, path + length);

@@ -20,6 +20,7 @@ import sys
 import tempfile
 
 _SOURCE = pathlib.Path(__file__).with_suffix(".c")
+_UNFINISHED = ".orbax-checkpoint-tmp"
 _VARIABLE = "PATCHJAX_FAULTS"
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _EVENTS = {
@@ -62,20 +63,30 @@ def is_complete() -> bool:
   return hasattr(ctypes.CDLL(None), "faults_arm")
 
 
-def arm(root: str, *, limit: int = -1, listing: str | None = None) -> None:
+def arm(
+  root: str, *, limit: int = -1, step: str = "", listing: str | None = None
+) -> None:
   """Counts the storage operations below a folder from now on.
 
   Args:
     root: the folder.
     limit: the operation, from 0, before which this process is killed.
+    step: counts only operations of this kind (see `steps`).
     listing: file to write a line to for each operation.
   """
+  call, _, place = step.partition(" ")
+  if place:
+    unfinished = place.endswith("(unfinished)")
+    folder = place.removeprefix("remote ")
+    place = _UNFINISHED if unfinished else f"/{folder}/"
   file = -1
   if listing is not None:
     file = os.open(listing, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
   prefix = root.rstrip("/") + "/"
   if is_complete():
-    ctypes.CDLL(None).faults_arm(prefix.encode(), ctypes.c_long(limit), file)
+    ctypes.CDLL(None).faults_arm(
+      prefix.encode(), ctypes.c_long(limit), file, call.encode(), place.encode()
+    )
     return
   done = iter(range(sys.maxsize))
 
@@ -90,6 +101,8 @@ def arm(root: str, *, limit: int = -1, listing: str | None = None) -> None:
       return
     if file >= 0:
       os.write(file, f"{what} {path.removeprefix(prefix)}\n".encode())
+    if step and not (what == call and place in path):
+      return
     if next(done) == limit:
       os.kill(os.getpid(), signal.SIGKILL)
 
@@ -108,7 +121,7 @@ def steps(listing: str) -> list[str]:
 def _step(call: str, key: str) -> str:
   repository, _, inside = key.strip().partition("/")
   place = inside.partition("/")[0]
-  if re.search(r"\.orbax-checkpoint-tmp(/|$)", inside):
+  if re.search(rf"{re.escape(_UNFINISHED)}(/|$)", inside):
     place += " (unfinished)"
   if repository.endswith("-remote"):
     place = f"remote {place}"
