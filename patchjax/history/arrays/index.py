@@ -65,6 +65,12 @@ class Location:
 _row = operator.attrgetter(*_COLUMNS)
 
 
+_FIELDS = {field.name for field in dataclasses.fields(Location)} - {
+  "digest",
+  "pack",
+}
+
+
 def spell(locations: Iterable[Location]) -> dict[str, Any]:
   """Returns the entries of an index file.
 
@@ -154,7 +160,18 @@ def _locations(data: bytes, pack: str) -> list[Location]:
     entries = blobs.read_header(data, name)[0]["index"]
   else:
     entries = parse(data, pack)
-  return [Location(digest=d, pack=pack, **item) for d, item in entries.items()]
+  try:
+    # Fields that a newer version may add do not concern this one.
+    return [
+      Location(
+        digest=digest,
+        pack=pack,
+        **{name: item[name] for name in item.keys() & _FIELDS},
+      )
+      for digest, item in entries.items()
+    ]
+  except (AttributeError, TypeError) as error:
+    raise IntegrityError(f"index of {pack} is damaged: {error}") from error
 
 
 def parse(data: bytes, pack: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from patchjax.history.storage.files import Files
 from patchjax.history.storage.threads import each
 from patchjax.trees import dtypes, tiles
 from patchjax.trees.digest import Entry, root, tile_digests, words_digest
-from patchjax.trees.errors import IntegrityError
+from patchjax.trees.errors import IntegrityError, PatchjaxError
 
 
 class LeafReader:
@@ -400,7 +400,7 @@ class _Session:
     except IntegrityError as error:
       self.why[entry.digest] = str(error)
       return None
-    except (ValueError, LookupError) as error:
+    except (PatchjaxError, ValueError, LookupError) as error:
       self.why[entry.digest] = f"{where}: {error}"
       return None
     if words.shape != expected:

@@ -346,17 +346,20 @@ class LocalFiles(Files):
 
   def write_all(self, values: Mapping[str, bytes]) -> None:
     folders = {os.path.dirname(self.path(key)) for key in values}
-    for folder in folders:
-      os.makedirs(folder, exist_ok=True)
+    folders |= _make_folders(folders)
+    # Orbax made the folder of a payload, and its name must last as well.
+    folders |= {self.path("payloads") for k in values if k[:9] == "payloads/"}
     # Syncing is waiting: files synced at once share a turn of the journal.
     each(self._write_one, [(key, (data,)) for key, data in values.items()])
     each(_sync_folder, folders)
 
   def write_pieces(self, key: str, pieces: Iterable[bytes]) -> None:
     folder = os.path.dirname(self.path(key))
-    os.makedirs(folder, exist_ok=True)
+    above = _make_folders([folder])
     self._write_one((key, pieces))
-    _sync_folder(folder)
+    # One by one: a copy calls this in the threads of `each` already.
+    for place in {folder, *above}:
+      _sync_folder(place)
 
   def _write_one(self, item: tuple[str, Iterable[bytes]]) -> None:
     path = self.path(item[0])
@@ -454,6 +457,18 @@ def is_temporary(name: str) -> bool:
     or name.endswith(LOCK)
     or ".orbax-checkpoint-tmp" in name
   )
+
+
+def _make_folders(folders: Iterable[str]) -> set[str]:
+  """Creates folders; returns those in which one was, which are to be synced."""
+  above = set()
+  for folder in folders:
+    place = folder
+    while not os.path.isdir(place):
+      place = os.path.dirname(place)
+      above.add(place)
+    os.makedirs(folder, exist_ok=True)
+  return above
 
 
 def _sync_folder(folder: str) -> None:

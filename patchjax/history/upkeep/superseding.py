@@ -9,7 +9,6 @@ is a difference to, counts as stored, and the next commit may rely on it.
 from __future__ import annotations
 
 import collections
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from patchjax.history.arrays import encodings
@@ -66,15 +65,14 @@ def needed(
   stack = list(found)
   while stack:
     for place in packs.get(stack.pop(), ()):
-      if place.base is not None:
-        below = _packs(place.base, places, place.depth)
-        stack += below - found
-        found |= below
+      below = _packs(place.digest, places)
+      stack += below - found
+      found |= below
   return found
 
 
-def _packs(digest: str, places: Places, below: float = math.inf) -> set[str]:
-  read = chain(digest, places, below) or places.get(digest, ())
+def _packs(digest: str, places: Places) -> set[str]:
+  read = chain(digest, places) or places.get(digest, ())
   return {place.pack for place in read}
 
 
@@ -102,25 +100,26 @@ def chains(
 
 
 def chain(
-  digest: str, places: Places, below: float = math.inf
+  digest: str, places: Places, above: frozenset[str] = frozenset()
 ) -> list[Location] | None:
   """Returns where a leaf is read from, down to one that is whole.
 
   Args:
     digest: digest of the leaf.
     places: where it and its bases lie, the best place first.
-    below: how long its chain of differences must not be.
+    above: leaves that are to be read from it, and are no help in reading it.
 
   Returns:
     The places; None if it cannot be read.
   """
   for place in places.get(digest, ()):
-    # Chains only go down, and readers rely on it.
-    if place.depth >= below:
-      continue
     if place.base is None:
       return [place]
-    rest = chain(place.base, places, place.depth)
+    # How deep a base is changes with every repack: only leaves that were met
+    # already tell a circle.
+    if place.base in above or place.base == digest:
+      continue
+    rest = chain(place.base, places, above | {digest})
     if rest is not None:
       return [place, *rest]
   return None
