@@ -14,7 +14,7 @@ from patchjax.history.storage.files import is_temporary
 LARGE = (150, 200)  # 120 kB of noise: a payload of its own, and no blob
 
 _S3 = """
-import logging, sys, threading
+import logging, sys, threading, time
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication
 from moto.server import ThreadedMotoServer
@@ -29,6 +29,7 @@ def call(self, environ, start_response):
     # A store that speaks S3, and ignores conditions.
     for name in ("HTTP_IF_MATCH", "HTTP_IF_NONE_MATCH"):
       environ.pop(name, None)
+    time.sleep(0.3)  # all who race have looked by now
     return real(self, environ, start_response)
   # S3 looks and writes in one step; moto lets another write in between.
   with lock:
