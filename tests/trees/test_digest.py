@@ -151,3 +151,8 @@ def test_a_leaf_cannot_hold_others():
 def test_what_is_no_array_is_no_part_of_a_value():
   x = jnp.ones(2)
   assert trees.tree_id({"w": x, "f": len}) == trees.tree_id({"w": x})
+
+
+def test_of_equal_lengths_the_first_is_halved():
+  # What a tile is is part of every id: it must never change.
+  assert tiles.grid((512, 512), 8).edges == ((0, 256, 512), (0, 512))
