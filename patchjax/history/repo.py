@@ -173,7 +173,9 @@ class Repo:
   ) -> str:
     """Stores a value as a new version of a branch.
 
-    Only leaves that changed are stored. The first commit of a repository
+    Only leaves that changed are stored. A `jax.Array` that was committed is
+    known from then on: do not write to a numpy array after `jax.device_put`
+    made a `jax.Array` of it without a copy, which JAX forbids as well. The first commit of a repository
     creates its branch; other branches are created by `branch`, or by naming
     `parents`.
 

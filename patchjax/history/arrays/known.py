@@ -2,7 +2,9 @@
 
 A `jax.Array` never changes, so its digest holds as long as the object lives.
 Weak references only: knowing an array does not keep it in memory. Numpy arrays
-can be written to at any time and are never remembered.
+can be written to at any time and are never remembered. A `jax.Array` made by
+`jax.device_put` may share the memory of the numpy array it was made of: who
+writes to that afterwards changes what JAX, and we, take to be constant.
 """
 
 from __future__ import annotations
