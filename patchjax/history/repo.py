@@ -175,9 +175,9 @@ class Repo:
 
     Only leaves that changed are stored. A `jax.Array` that was committed is
     known from then on: do not write to a numpy array after `jax.device_put`
-    made a `jax.Array` of it without a copy, which JAX forbids as well. The first commit of a repository
-    creates its branch; other branches are created by `branch`, or by naming
-    `parents`.
+    made a `jax.Array` of it without a copy, which JAX forbids as well. The
+    first commit of a repository creates its branch; other branches are created
+    by `branch`, or by naming `parents`.
 
     With `jax.distributed`, all processes call it together with the same
     value, on a folder that all of them see: each writes its own shards of
