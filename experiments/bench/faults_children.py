@@ -109,6 +109,7 @@ class Child:
         os.waitpid(self.pid, 0)
         os.close(self._reading)
         return None
+      # Python has no wait for a child with a time limit.
       time.sleep(0.001)
     while self.hear(0):
       pass

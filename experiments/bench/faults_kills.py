@@ -240,6 +240,7 @@ def _go(path: str) -> str:
 
 
 def _await(path: str) -> None:
+  # Both writers start at one moment: the file is there for both at once.
   while not os.path.exists(_go(path)):
     time.sleep(0.001)
 

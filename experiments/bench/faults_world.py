@@ -363,8 +363,7 @@ def aftermath(path: str, verb: str) -> list[str]:
 
 def warm_up() -> None:
   """Imports and computes beforehand what forked children would repeat."""
-  from orbax.checkpoint import v1 as _  # noqa: F401
-
+  importlib.import_module("orbax.checkpoint.v1")
   for module in pkgutil.walk_packages(patchjax.__path__, "patchjax."):
     if not module.name.endswith("__main__"):
       importlib.import_module(module.name)

@@ -6,9 +6,7 @@ import pathlib
 
 import pytest
 
-ml_collections = pytest.importorskip("ml_collections")
-
-from patchjax.demo.config import Config  # noqa: E402
+from patchjax.demo.config import Config
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -9,9 +9,9 @@ import os
 import sys
 import time
 
-import icechunk  # pyright: ignore[reportMissingImports]
+import icechunk
 import numpy as np
-import zarr  # pyright: ignore[reportMissingImports]
+import zarr
 from safetensors.numpy import load_file
 
 

@@ -317,12 +317,14 @@ def coarser(sharding: Any, grid: tiles.Grid) -> tuple[Any, Any] | None:
   split = [item for name in mesh.axis_names for item in axes[name]]
   devices = mesh.devices.reshape([size for _, size in split])
   finer = jax.sharding.Mesh(devices, [name for name, _ in split])
-  return tuple(  # type: ignore[return-value]
-    jax.sharding.NamedSharding(
-      finer, jax.sharding.PartitionSpec(*spec), memory_kind=sharding.memory_kind
+
+  def over(spec: list[tuple[str, ...] | None]) -> jax.sharding.NamedSharding:
+    parts = jax.sharding.PartitionSpec(*spec)
+    return jax.sharding.NamedSharding(
+      finer, parts, memory_kind=sharding.memory_kind
     )
-    for spec in (fine, coarse)
-  )
+
+  return over(fine), over(coarse)
 
 
 def _is_prefix(sizes: Sequence[int], n: int) -> bool:
