@@ -363,7 +363,9 @@ def aftermath(path: str, verb: str) -> list[str]:
 
 def warm_up() -> None:
   """Imports and computes beforehand what forked children would repeat."""
-  importlib.import_module("orbax.checkpoint.v1")
+  from orbax.checkpoint import v1
+
+  del v1  # the children find it imported
   for module in pkgutil.walk_packages(patchjax.__path__, "patchjax."):
     if not module.name.endswith("__main__"):
       importlib.import_module(module.name)
