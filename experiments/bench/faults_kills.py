@@ -126,7 +126,7 @@ def _kill_before(
     after = []
     for path, listing, child in children:
       status = child.wait(_TIMEOUT)
-      last = operations.steps(listing)[-1]
+      last = operations.killed(listing)
       os.unlink(listing)
       if status == -signal.SIGKILL:
         tally.kills[verb][last] += 1

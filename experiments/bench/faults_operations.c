@@ -46,8 +46,11 @@ static void step(const char *what, const char *path) {
   int meant = !*call || (!strcmp(what, call) && strstr(path + length, place));
   long n = meant ? atomic_fetch_add(&count, 1) : -2;
   if (list >= 0) {
+    /* The one it dies of is marked: others may still be listed after it. */
     char line[PATH_MAX + 64];
-    int size = snprintf(line, sizeof line, "%s %s\n", what, path + length);
+    int size = snprintf(line, sizeof line, "%s%s %s\n",
+                        n == atomic_load(&limit) ? "!" : "", what,
+                        path + length);
     if (!real_write) real_write = dlsym(RTLD_NEXT, "write");
     real_write(list, line, size);
   }

@@ -99,11 +99,12 @@ def arm(
       path = arguments[1 if event == "os.rename" else 0] if what else ""
     if not what or not isinstance(path, str) or not path.startswith(prefix):
       return
+    meant = not step or (what == call and place in path)
+    last = meant and next(done) == limit
     if file >= 0:
-      os.write(file, f"{what} {path.removeprefix(prefix)}\n".encode())
-    if step and not (what == call and place in path):
-      return
-    if next(done) == limit:
+      line = f"{'!' * last}{what} {path.removeprefix(prefix)}\n"
+      os.write(file, line.encode())
+    if last:
       os.kill(os.getpid(), signal.SIGKILL)
 
   sys.addaudithook(hook)
@@ -115,7 +116,20 @@ def steps(listing: str) -> list[str]:
   Args:
     listing: file written by `arm`.
   """
-  return [_step(*line.split(" ", 1)) for line in open(listing)]
+  return [_step(*line.lstrip("!").split(" ", 1)) for line in open(listing)]
+
+
+def killed(listing: str) -> str:
+  """Returns before which operation of a list its process was killed.
+
+  Other threads may have listed theirs after it.
+
+  Args:
+    listing: file written by `arm`; its last operation if none was.
+  """
+  with open(listing) as lines:
+    marked = [line.startswith("!") for line in lines]
+  return steps(listing)[marked.index(True) if any(marked) else -1]
 
 
 def _step(call: str, key: str) -> str:

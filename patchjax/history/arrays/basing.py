@@ -15,11 +15,12 @@ the far base costs a tenth of the leaf more than the one to the parent would.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from patchjax.history.arrays import encodings, known
+from patchjax.history.arrays import chains, encodings, known
 from patchjax.history.arrays.index import Index, Location
 from patchjax.history.arrays.parts import Parts
 from patchjax.history.arrays.reading import LeafReader
@@ -28,7 +29,6 @@ from patchjax.trees.digest import Entry
 from patchjax.trees.errors import IntegrityError
 
 _EXCESS = 0.1  # of a leaf: what a far base may cost more than the parent
-_HEAVY = 3  # differences in every word that factors may lie on top of
 _FEW = 1 / 16  # share of changed words up to which saying where they are is all
 
 
@@ -49,71 +49,57 @@ def bases(
       parent, whose factors are smaller than anything else.
 
   Returns:
-    `{name: place}` of the leaves that may be differences.
+    `{name: place}` of the leaves that may be differences; with the depth of
+    the deepest place of each.
   """
   found = {}
   doubtful = {}
-  chains = _chains({old.digest for old, _ in leaves.values()}, index)
+  places = chains.gather(index.find, {old.digest for old, _ in leaves.values()})
   for name, (old, new) in leaves.items():
-    chain = chains[old.digest]
-    heavy = [i for i, place in enumerate(chain) if _is_heavy(place)]
-    light = heavy[-1] + 1 if heavy else 0
-    if light < len(chain):
-      # At the end of a long chain a difference to its start is the next one.
-      deep = chain[light].depth >= encodings.MAX_DEPTH
-      found[name] = chain[-1] if deep else chain[light]
-    if light and chain[0].depth < encodings.MAX_DEPTH:
-      if name in patched and len(heavy) < _HEAVY:
-        found[name] = chain[0]
+    chain = chains.chain(old.digest, places)
+    if chain is None:
+      continue  # nothing can be read through it
+    heavy = [i for i, place in enumerate(chain) if chains.is_heavy(place)]
+    light = _reckoned(chain[heavy[-1] + 1 if heavy else 0], places)
+    # At the end of a long chain a difference to its start is the next one.
+    deep = light.depth >= encodings.MAX_DEPTH
+    found[name] = _reckoned(chain[-1], places) if deep else light
+    parent = _reckoned(chain[0], places)
+    if heavy and parent.depth < encodings.MAX_DEPTH:
+      if name in patched and len(heavy) < chains.HEAVY:
+        found[name] = parent
       elif new is not None:
-        doubtful[name] = (old, new, found.get(name))
+        doubtful[name] = (old, new, found[name], parent)
   near, dropped = _near(doubtful, reader)
-  found |= {name: chains[leaves[name][0].digest][0] for name in near}
+  found |= {name: doubtful[name][3] for name in near}
   return {name: at for name, at in found.items() if name not in dropped}
 
 
-def _chains(digests: set[str], index: Index) -> dict[str, list[Location]]:
-  """Returns the places of leaves and of all that they differ from."""
-  places: dict[str, Location] = {}
-  level = digests
-  while level:
-    found = index.find(level)
-    new = {digest: at[0] for digest, at in found.items() if at}
-    places |= new
-    level = {place.base for place in new.values() if place.base is not None}
-    level -= places.keys()
-  chains = {}
-  for digest in digests:
-    chain: list[Location] = []
-    at: str | None = digest
-    # An index that contradicts itself must not be followed in circles.
-    while at in places and len(chain) <= encodings.MAX_DEPTH:
-      chain.append(places[at])
-      at = places[at].base
-    chains[digest] = chain
-  return chains
-
-
-def _is_heavy(place: Location) -> bool:
-  encoding = encodings.ENCODINGS.get(place.encoding)
-  return encoding is not None and encoding.heavy
+def _reckoned(place: Location, places: chains.Places) -> Location:
+  """Returns a place with the depth that what lies above it reckons with."""
+  return dataclasses.replace(place, depth=chains.depth(place.digest, places))
 
 
 def _near(
-  leaves: Mapping[str, tuple[Entry, Parts, Location | None]],
+  leaves: Mapping[str, tuple[Entry, Parts, Location, Location]],
   reader: LeafReader,
 ) -> tuple[list[str], list[str]]:
   """Returns the leaves close to the parent, and those far from their base.
 
   Looks at one tile of each.
+
+  Args:
+    leaves: by name the entry in the parent, the new bits, the place of the
+      base and that of the parent.
+    reader: reads tiles of both.
   """
   near, far = [], []
   regions = {
     name: grid[len(grid) // 2]
-    for name, (old, _, _) in leaves.items()
+    for name, (old, _, _, _) in leaves.items()
     for grid in [tiles.grid(old.shape, dtypes.itemsize(old.dtype))]
   }
-  parents = {name: old for name, (old, _, _) in leaves.items()}
+  parents = {name: old for name, (old, _, _, _) in leaves.items()}
   theirs = _tiles(parents, regions, reader)
   for name, words in theirs.items():
     new = leaves[name][1].read(regions[name])
@@ -121,8 +107,8 @@ def _near(
       near.append(name)
   below = {
     name: Entry(place.digest, old.dtype, old.shape)
-    for name, (old, _, place) in leaves.items()
-    if place is not None and name in theirs and name not in near
+    for name, (old, _, place, _) in leaves.items()
+    if name in theirs and name not in near
   }
   for name, words in _tiles(below, regions, reader).items():
     new = leaves[name][1].read(regions[name])

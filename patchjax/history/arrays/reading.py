@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from patchjax.history.arrays import encodings
+from patchjax.history.arrays import chains, encodings
 from patchjax.history.arrays.index import Index, Location
 from patchjax.history.arrays.places import Packs
 from patchjax.history.remotes import partial
@@ -132,9 +132,12 @@ class LeafReader:
       used |= {place.pack for place in places}
       if not places:
         why[digest].append("stored in no payload")
-      # The first place was read with the others; if in vain, that may be due
-      # to a copy of its base.
-      for place in places[1:] if digest in good else places:
+      # One place was read with the others; if in vain, that may be due to a
+      # copy of its base.
+      done = session.places[digest] if digest in good else None
+      for place in places:
+        if place == done:
+          continue
         session.why.pop(digest, None)
         if session.read_from(place, entry, None) is None:
           why[digest].append(session.why[digest])
@@ -213,12 +216,11 @@ class _Session:
 
   def plan(self, digests: Collection[str]) -> None:
     """Finds leaves and all their bases, and opens what holds them."""
-    level = set(digests) - self.places.keys()
-    while level:
-      found = self.index.find(level)
-      self.places |= {d: places[0] for d, places in found.items() if places}
-      bases = {self.places[d].base for d in level if d in self.places}
-      level = {base for base in bases if base is not None} - self.places.keys()
+    places = chains.gather(self.index.find, digests)
+    self.places = chains.routes(digests, places)
+    for digest in digests:
+      if digest not in self.places and places[digest]:
+        self.why[digest] = chains.explain(digest, places)
     self._packs.open(self.places.values())
 
   def decode(
@@ -242,12 +244,9 @@ class _Session:
     """Groups leaves that share bases: each base is decoded once."""
     ends: dict[str, list[str]] = collections.defaultdict(list)
     for digest in wanted:
-      end, seen = digest, {digest}
-      while (place := self.places.get(end)) is not None:
-        if place.base is None or place.base in seen:
-          break
-        seen.add(end := place.base)
-      ends[end].append(digest)
+      end = collections.deque(chains.along(digest, self.places), maxlen=1)
+      for place in end:
+        ends[place.digest].append(digest)
     return list(ends.values())
 
   def _decode_family(
@@ -257,13 +256,13 @@ class _Session:
     uses: collections.Counter[str] = collections.Counter()
     for digest in family:
       entry = wanted[digest]
-      while digest not in chain and (place := self.places.get(digest)):
-        # A base has the dtype and shape of what is a difference to it.
-        chain[digest] = Entry(digest, entry.dtype, entry.shape)
-        if place.base is None:
+      for place in chains.along(digest, self.places):
+        if place.digest in chain:
           break
-        uses[place.base] += 1
-        digest = place.base
+        # A base has the dtype and shape of what is a difference to it.
+        chain[place.digest] = Entry(place.digest, entry.dtype, entry.shape)
+        if place.base is not None:
+          uses[place.base] += 1
     done: dict[str, np.ndarray] = {}
     words: dict[str, np.ndarray] = {}
     for digest in sorted(chain, key=self._links):
@@ -287,17 +286,8 @@ class _Session:
     return words
 
   def _links(self, digest: str) -> int:
-    """Returns how many bases a leaf is read through.
-
-    Not what its index says: a base may have been repacked since, and lie
-    deeper.
-    """
-    seen = {digest}
-    while (place := self.places.get(digest)) is not None:
-      if place.base is None or place.base in seen:
-        break
-      seen.add(digest := place.base)
-    return len(seen)
+    """Returns how many places a leaf is read from."""
+    return sum(1 for _ in chains.along(digest, self.places))
 
   def region(self, entry: Entry, region: tiles.Region) -> np.ndarray | None:
     """Returns the verified words of a region; None if it cannot be read."""
@@ -308,10 +298,7 @@ class _Session:
     whole = around == tiles.whole(entry.shape) or self._tiles(entry) is None
     if whole:
       around = tiles.whole(entry.shape)
-    place = self.places.get(entry.digest)
-    words = None
-    if place is not None:
-      words = self._through(place, entry, None if whole else around)
+    words = self._through(entry, None if whole else around)
     if words is None:
       words = self._recover(entry, None if whole else around)
     if words is None or around == region:
@@ -320,23 +307,17 @@ class _Session:
     return words[tiles.within(region, around)].copy()
 
   def _through(
-    self, place: Location, entry: Entry, region: tiles.Region | None
+    self, entry: Entry, region: tiles.Region | None
   ) -> np.ndarray | None:
     """Decodes a region through the planned chain, and verifies the end."""
-    chain, seen = [place], {entry.digest}
-    while (digest := chain[-1].base) is not None:
-      below = self.places.get(digest)
-      if below is None or digest in seen:
-        return None
-      seen.add(digest)
-      chain.append(below)
+    chain = list(chains.along(entry.digest, self.places))
     words = None
     for link in reversed(chain):
       below = Entry(link.digest, entry.dtype, entry.shape)
       words = self._decode_one(link, below, region, words)
       if words is None:
         return None
-    if words is not None and self._verified(words, entry, place, region):
+    if words is not None and self._verified(words, entry, chain[0], region):
       return words
     return None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchjax.history.arrays import blobs, encodings, lineage, payloads
+from patchjax.history.arrays import blobs, chains, encodings, lineage, payloads
 from patchjax.history.arrays import index as indices
 from patchjax.history.arrays.encodings import ENCODINGS, MAX_DEPTH
 from patchjax.history.arrays.index import Location
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _GROUP = 128 << 20  # bytes of leaves, or stored arrays, in memory at a time
 _GAIN = 0.9  # moving a leaf must save a tenth of its bytes
 _FEW = 8  # small packs from which on they are gathered
-_HEAVY = 3  # heavy differences in a chain at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +151,7 @@ class Repacking:
       return None
     heavy = below.heavy + encoding.heavy
     depth = below.place.depth + 1
-    if heavy > _HEAVY or depth > MAX_DEPTH:
+    if heavy > chains.HEAVY or depth > MAX_DEPTH:
       return None
     if depth <= place.depth:
       return _Fate(place, heavy)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from patchjax.history.arrays import encodings
+from patchjax.history.arrays import chains, encodings
 from patchjax.history.remotes import partial
 from patchjax.history.storage import config, reflog, shallow
 from patchjax.history.storage.objects import is_id, key_of
 from patchjax.history.storage.refs import HEADS, NOTES, REMOTES, TAGS
-from patchjax.history.upkeep import bins, marking, superseding
+from patchjax.history.upkeep import bins, marking
 from patchjax.history.upkeep.fsck import FsckReport, Problem, Progress
 from patchjax.trees import dtypes
 from patchjax.trees.errors import IntegrityError, PatchjaxError
@@ -313,10 +313,12 @@ class Check:
   def _look(self, batch: Mapping[str, Entry]) -> set[str]:
     """Checks that leaves are stored, with all that they need."""
     used: set[str] = set()
-    for digest, places in superseding.chains(self.repo.index, batch).items():
-      used |= {place.pack for place in places or ()}
-      if places is None:
-        why = "it is stored in no payload, or its base is not"
+    places = chains.gather(self.repo.index.find, batch)
+    for digest in batch:
+      chain = chains.chain(digest, places)
+      used |= {place.pack for place in chain or ()}
+      if chain is None:
+        why = chains.explain(digest, places)
         self._unread(digest, batch[digest], [why], False)
     return used
 

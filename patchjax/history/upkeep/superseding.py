@@ -11,7 +11,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterable, Mapping, Sequence
 
-from patchjax.history.arrays import encodings
+from patchjax.history.arrays import chains, encodings
 from patchjax.history.arrays.index import INDEX, Index, Location
 from patchjax.history.storage.files import Files
 from patchjax.history.storage.objects import key_of
@@ -72,57 +72,8 @@ def needed(
 
 
 def _packs(digest: str, places: Places) -> set[str]:
-  read = chain(digest, places) or places.get(digest, ())
+  read = chains.chain(digest, places) or places.get(digest, ())
   return {place.pack for place in read}
-
-
-def chains(
-  index: Index, digests: Iterable[str]
-) -> dict[str, list[Location] | None]:
-  """Returns where leaves are read from, bases included.
-
-  Args:
-    index: a combined index.
-    digests: digests of the leaves.
-
-  Returns:
-    `{digest: places}`; None for a leaf that is not stored, or whose base, or
-    the base of that, is not.
-  """
-  places: dict[str, list[Location]] = {}
-  level = wanted = set(digests)
-  while level:
-    found = index.find(level)
-    places |= found
-    bases = {p.base for each in found.values() for p in each if p.base}
-    level = bases - places.keys()
-  return {digest: chain(digest, places) for digest in wanted}
-
-
-def chain(
-  digest: str, places: Places, above: frozenset[str] = frozenset()
-) -> list[Location] | None:
-  """Returns where a leaf is read from, down to one that is whole.
-
-  Args:
-    digest: digest of the leaf.
-    places: where it and its bases lie, the best place first.
-    above: leaves that are to be read from it, and are no help in reading it.
-
-  Returns:
-    The places; None if it cannot be read.
-  """
-  for place in places.get(digest, ()):
-    if place.base is None:
-      return [place]
-    # How deep a base is changes with every repack: only leaves that were met
-    # already tell a circle.
-    if place.base in above or place.base == digest:
-      continue
-    rest = chain(place.base, places, above | {digest})
-    if rest is not None:
-      return [place, *rest]
-  return None
 
 
 def claim(files: Files, index: Index, digests: Iterable[str]) -> set[str]:
@@ -136,8 +87,10 @@ def claim(files: Files, index: Index, digests: Iterable[str]) -> set[str]:
   Returns:
     Leaves that are stored with all that they are differences to.
   """
-  found = {d: places for d, places in chains(index, digests).items() if places}
-  keys = {d: _keys(places) for d, places in found.items()}
+  digests = set(digests)
+  places = chains.gather(index.find, digests)
+  found = {d: chain for d in digests if (chain := chains.chain(d, places))}
+  keys = {d: _keys(chain) for d, chain in found.items()}
   touched = set().union(*keys.values())
   # What belongs to another user cannot be freshened: it is there, at least.
   gone = {k for k in touched if not files.freshen(k) and not files.exists(k)}
