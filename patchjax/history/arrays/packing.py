@@ -14,13 +14,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import math
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from patchjax.history.arrays import chains
 from patchjax.history.arrays import index as indices
 from patchjax.history.arrays.index import INDEX, Location
 from patchjax.trees.errors import ConflictError
@@ -94,55 +94,68 @@ class _Planning:
     self.target = target
     self.partial = partial
     self.chosen: dict[str, dict[str, Location]] = collections.defaultdict(dict)
-    self.relied: set[str] = set()  # packs of the target
+    self.here: set[str] = set()  # packs of the target
+    self.relied: set[str] = set()  # those of them that are needed
+    self.places: dict[str, list[Location]] = {}  # on either side
     self.missing: set[str] = set()
 
-  def close(self, digests: Mapping[str, object]) -> None:
+  def close(self, digests: Iterable[str]) -> None:
     """Chooses packs for leaves, and for the bases of what is chosen."""
-    # With each leaf, how deep its chain may be: chains only go down, so that
-    # those of two repositories never make a loop.
-    level: dict[str, float] = dict.fromkeys(digests, math.inf)
-    done: dict[str, float] = {}
-    while level:
-      done |= level
-      here = self.target.index.find(level)
-      there = self.source.index.find(
-        [digest for digest in level if not _fit(here, digest, level[digest])]
+    # With each leaf, the one that is going to be read from it: the chains of
+    # two repositories must not make a loop, which neither has by itself.
+    wanted: dict[tuple[str, str | None], None]
+    wanted = dict.fromkeys((digest, None) for digest in digests)
+    done: set[tuple[str, str | None]] = set()
+    while wanted:
+      done |= wanted.keys()
+      self.places |= chains.gather(
+        self._find, [digest for digest, _ in wanted], self.places
       )
-      after: dict[str, float] = {}
-      for digest, limit in level.items():
-        for place in self._take(digest, limit, here, there):
-          below = min(place.depth - 1, after.get(place.base or "", math.inf))
-          if place.base is not None and below < done.get(place.base, math.inf):
-            after[place.base] = below
-      level = after
+      after: dict[tuple[str, str | None], None] = {}
+      for digest, above in wanted:
+        avoiding = () if above is None else (above,)
+        chain = chains.chain(digest, self.places, avoiding)
+        if chain is None:
+          self.missing.add(digest)
+        for place in chain or ():
+          for other in self._take(place):
+            if other.base is not None:
+              after[other.base, other.digest] = None
+      wanted = {pair: None for pair in after if pair not in done}
 
-  def _take(
-    self,
-    digest: str,
-    limit: float,
-    here: Mapping[str, list[Location]],
-    there: Mapping[str, list[Location]],
-  ) -> list[Location]:
-    """Returns the places whose bases are needed now."""
-    held = _fit(here, digest, limit)
-    if held:
-      self.relied.add(held[0].pack)
-      return held[:1]
-    places = _fit(there, digest, limit)
-    if not places:
-      self.missing.add(digest)
-      return []
+  def _find(self, digests: Iterable[str]) -> dict[str, list[Location]]:
+    """Returns where leaves are on either side, what costs least first."""
+    digests = list(digests)
+    here = self.target.index.find(digests)
+    there = self.source.index.find(digests)
+    self.here |= {place.pack for found in here.values() for place in found}
+    return {
+      digest: sorted(
+        {p.pack: p for p in (*there[digest], *here[digest])}.values(),
+        key=self._cost,
+      )
+      for digest in digests
+    }
+
+  def _cost(self, place: Location) -> tuple[bool, bool, int, str]:
     # A pack that is copied anyway costs nothing more.
-    place = next((p for p in places if p.pack in self.chosen), places[0])
-    if self.partial and place.pack.startswith("payloads/"):
-      self.chosen[place.pack][digest] = place
-      return [place]
-    if place.pack in self.chosen:
-      return []
-    inside = {each.digest: each for each in self._inside(place.pack)}
-    self.chosen[place.pack] = inside
-    return list(inside.values())
+    unchosen = place.pack not in self.chosen
+    return place.pack not in self.here, unchosen, place.depth, place.pack
+
+  def _take(self, place: Location) -> list[Location]:
+    """Takes a place of a chain; returns what comes along in its pack."""
+    pack = place.pack
+    if pack in self.here:
+      self.relied.add(pack)
+    elif self.partial and pack.startswith("payloads/"):
+      self.chosen[pack][place.digest] = place
+    elif pack not in self.chosen:
+      inside = {each.digest: each for each in self._inside(pack)}
+      self.chosen[pack] = inside
+      for digest in inside.keys() & self.places.keys():
+        self.places[digest].sort(key=self._cost)
+      return list(inside.values())
+    return []
 
   @functools.cached_property
   def _inside(self) -> Callable[[str], list[Location]]:
@@ -171,12 +184,6 @@ class _Planning:
       files |= {object_of(p.encoding, p.key) for p in places.values()}
     needed = frozenset(name for name in files if name is not None)
     return Plan(tuple(parts), needed, frozenset(self.missing))
-
-
-def _fit(
-  places: Mapping[str, list[Location]], digest: str, limit: float
-) -> list[Location]:
-  return [p for p in places.get(digest, ()) if p.depth <= limit]
 
 
 def take(

@@ -218,9 +218,6 @@ class _Session:
     """Finds leaves and all their bases, and opens what holds them."""
     places = chains.gather(self.index.find, digests)
     self.places = chains.routes(digests, places)
-    for digest in digests:
-      if digest not in self.places and places[digest]:
-        self.why[digest] = chains.explain(digest, places)
     self._packs.open(self.places.values())
 
   def decode(
@@ -368,8 +365,9 @@ class _Session:
     """Decodes one link of a chain; says in `why` why it cannot."""
     where = f"{self.files.path(place.pack)}, array {place.key!r}"
     if place.base is not None and base is None:
-      self.why[entry.digest] = "its base is damaged or missing: " + (
-        self.why.get(place.base, place.base)
+      why = self.why.get(place.base, "stored in no payload of the repository")
+      self.why[entry.digest] = (
+        f"its base {place.base[:16]} is damaged or missing: {why}"
       )
       return None
     shape = entry.shape if region is None else tiles.shape_of(region)
