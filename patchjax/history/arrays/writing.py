@@ -209,9 +209,14 @@ class LeafWriter:
         and leaf.nbytes >= encodings.SMALLEST
       }
       found = basing.bases(wanted, self.index, self.reader, factors)
+      # No version may need a base any more: then a `gc` may be taking it.
+      safe = superseding.claim(
+        self.files, self.index, {place.digest for place in found.values()}
+      )
       return {
         name: dataclasses.asdict(place) | {"tiles": None}
         for name, place in found.items()
+        if place.digest in safe
       }
 
     bases = processes.first(decide) if parent else {}

@@ -1,0 +1,116 @@
+"""gc in a process of its own, at the worst moments of others."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from patchjax.history import Repo
+from patchjax.history.arrays import basing, index
+from tests.history.accidents import files_below
+
+WEEKS = 7 * 86400.0
+
+
+def near(x, seed):
+  noise = np.random.default_rng(seed).standard_normal(x.shape)
+  return (x * (1 + 1e-3 * noise)).astype(x.dtype)
+
+
+def age(repo, seconds=3 * WEEKS):
+  """Makes everything as old as if written long ago."""
+  then = time.time() - seconds
+  for path in files_below(repo.path):
+    os.utime(path, (then, then))
+
+
+def collect(repo, *options):
+  """Runs gc in a process of its own; returns what it printed."""
+  command = [sys.executable, "-m", "patchjax.cli", "-C", repo.path, "gc"]
+  done = subprocess.run(
+    [*command, *options], capture_output=True, text=True, check=True
+  )
+  return done.stdout
+
+
+@pytest.fixture
+def raced(tmp_path):
+  """A leaf that two writers wrote, one as a difference to what was lost.
+
+  Yields the repository, the value of main, and the digest of the lost base,
+  which stays in memory.
+  """
+  x = np.random.default_rng(0).standard_normal((200, 300)).astype(np.float32)
+  value, lost = {"x": x}, {"x": jnp.asarray(near(x, 1))}
+  start = {"x": near(x, 2)}
+  few = {"x": start["x"].copy()}
+  few["x"][0, :5] += 1
+  repo = Repo.init(tmp_path / "repo")
+  for step in (start, few, value):
+    repo.commit(step, message="step")
+  other = Repo.init(tmp_path / "other")
+  for step in (lost, value):
+    other.commit(step, message="step")
+  repo.index.refresh()
+  digest = repo.tree()["x"].digest
+  [place] = repo.index.find([digest])[digest]
+  # As a repack leaves it: the place that a gc prefers.
+  index.write(repo.files, place.pack, index.spell([place]), generation=1)
+  # The other writer's branch was removed since, and all memory of it.
+  for pack in other.index.packs():
+    shutil.copytree(other.files.path(pack), repo.files.path(pack))
+  repo.index.refresh()
+  places = repo.index.find([digest])[digest]
+  base = other.tree("main~1")["x"].digest
+  assert [(p.base == base, p.depth) for p in places] == [(True, 1), (False, 2)]
+  age(repo)
+  yield repo, value, base
+  del lost
+
+
+def test_a_base_that_was_chosen_stays(raced, monkeypatch):
+  """gc comes when the base was read, before the difference is there."""
+  repo, value, base = raced
+  writer, said = repo.writer, []
+  save = writer._save
+
+  def racing(*arguments):
+    said.append(collect(repo))
+    return save(*arguments)
+
+  monkeypatch.setattr(writer, "_save", racing)
+  new = {"x": near(value["x"], 3)}
+  repo.commit(new, message="more")
+  assert said
+  opened = Repo(repo.path)
+  np.testing.assert_array_equal(opened.checkout()["x"], new["x"])
+  digest = opened.tree()["x"].digest
+  assert opened.index.find([digest])[digest][0].base == base
+  assert opened.fsck().ok, str(opened.fsck())
+  collect(repo)
+  np.testing.assert_array_equal(Repo(repo.path).checkout()["x"], new["x"])
+
+
+def test_a_base_that_is_gone_already_is_none(raced, monkeypatch):
+  """gc comes after the look at the index, and the base is in memory."""
+  repo, value, base = raced
+  choose, said = basing.bases, []
+
+  def racing(*arguments):
+    found = choose(*arguments)
+    assert [place.digest for place in found.values()] == [base]
+    said.append(collect(repo))
+    return found
+
+  monkeypatch.setattr(basing, "bases", racing)
+  new = {"x": near(value["x"], 3)}
+  repo.commit(new, message="more")
+  assert "1 payload" in said[0], said
+  opened = Repo(repo.path)
+  np.testing.assert_array_equal(opened.checkout()["x"], new["x"])
+  assert opened.fsck().ok, str(opened.fsck())
