@@ -53,6 +53,7 @@ def run(settings: Settings) -> Section:
     found = once(theirs, versions, settings.folder / "theta")
     results.costs.update(found.costs)
     results.bytes.update(found.bytes)
+    results.changed.extend(found.changed)
   peers = list(dict.fromkeys(name for name, _, _ in results.costs))
   size = workload.nbytes(versions[0].value) / 1e6
   return Section(
@@ -68,7 +69,7 @@ def run(settings: Settings) -> Section:
       ),
     ],
     _targets(results, versions, peers, scale),
-    [*remarks, *why],
+    [*remarks, *why, *results.changed],
   )
 
 

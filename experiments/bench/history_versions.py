@@ -84,7 +84,7 @@ def run(settings: Settings, dtype: Any) -> Section:
       _others(results, title),
     ],
     targets=_targets(results, versions, limits, kind),
-    remarks=remarks,
+    remarks=[*remarks, *results.changed],
   )
 
 
