@@ -1,0 +1,173 @@
+"""The table of merge methods that `test_methods.py` goes through.
+
+How to add a method: give it a row in `CASES` (or in a table of a module of
+its own, merged into `CASES` at the end of this one), under the name it has in
+`patchjax.merging`. A method may have more rows, `"name/variant"`. The row
+says with which options to call it; the same options go to the reference of
+that name in `tests/reference/merging_*.py`. From the row the tests derive:
+
+  * equality with the reference: float32 to 1e-6 of a leaf's largest number,
+    bfloat16 and float16 as the correctly rounded result in 99.9 % of entries;
+  * the same answer eagerly, under jit, from files, on an Auto and on an
+    Explicit mesh of 8 devices: the same bits, if the row says `exact`;
+  * structure, dtype and sharding, also of `eval_shape`;
+  * no compilation when numbers change (`swept`);
+  * that the order of contributors does not matter (`symmetric`), nor the
+    order of leaves;
+  * that one contributor, or equal ones, are the result (`alone`, `agreed`).
+
+Outputs of mergekit are found by the names of methods in `tests/golden`: no
+row is needed for them, beyond that a method takes `flavour="mergekit"` where
+it differs.
+
+A compilation is what a test costs. Leaves here have one shape wherever
+possible, so that they share a program, and rows whose programs take more than
+half a second to compile say `heavy`: they are run in fewer places.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+P = jax.sharding.PartitionSpec
+
+DTYPES = {
+  "float32": np.float32,
+  "bfloat16": ml_dtypes.bfloat16,
+  "float16": np.float16,
+}
+
+SHAPE = (16, 8)
+SPEC = P("x", "y")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One way to call a method.
+
+  Attributes:
+    options: keyword options of the method and of its reference.
+    only_method: further options of the method alone (a key, rng).
+    swept: other values for some of the options: numbers, which must not
+      compile anything.
+    base: whether there is a base.
+    contributors: how many.
+    masks: of a random method, `(base, models, options) -> masks`: what the
+      reference is given, one `{leaf: bool array or None}` a contributor.
+    exact: whether the result has the same bits however it is run. Not so for
+      methods that sum floats over a leaf.
+    symmetric: whether contributors may be permuted (with those options that
+      are lists of one number a contributor).
+    alone: options under which a single contributor is the result; None if
+      there are none.
+    agreed: options under which contributors that are all equal are the
+      result; None if there are none.
+    heavy: whether it takes long to compile.
+    close: in float32, the largest error as a share of a leaf's largest number.
+  """
+
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  only_method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  swept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  base: bool = True
+  contributors: int = 3
+  masks: Callable[..., list[dict[str, Any]]] | None = None
+  exact: bool = True
+  symmetric: bool = True
+  alone: Mapping[str, Any] | None = None
+  agreed: Mapping[str, Any] | None = None
+  heavy: bool = False
+  close: float = 1e-6
+
+
+WEIGHTS = [0.5, 1.25, 0.75]
+OTHER = [1.0, 0.25, 0.5]
+
+CASES: dict[str, Case] = {
+  # Averages.
+  "linear": Case(
+    {"weights": WEIGHTS}, swept={"weights": OTHER}, alone={}, agreed={}
+  ),
+  "linear/baseless": Case({"weights": WEIGHTS}, base=False),
+  "task_arithmetic": Case(
+    {"weights": WEIGHTS, "scale": 0.4},
+    swept={"weights": OTHER, "scale": 0.3},
+    alone={"scale": 1.0},
+  ),
+}
+
+
+def method_of(name: str) -> str:
+  """The method a row is about."""
+  return name.split("/")[0]
+
+
+# ---------------------------------------------------------------------------
+# Models.
+
+
+def model(seed: int, dtype: str, *, whole: bool, spread: float = 1.0) -> Any:
+  """A tree of random leaves."""
+  rng = np.random.default_rng(seed)
+
+  def draw(*shape):
+    return (spread * rng.standard_normal(shape)).astype(np.float32)
+
+  tree = {
+    "layers": [{"kernel": draw(*SHAPE)} for _ in range(2)],
+    "step": np.int32(7),
+  }
+  if whole:
+    tree["norm"] = draw(12)
+  return jax.tree.map(
+    lambda x: x if x.dtype == np.int32 else x.astype(DTYPES[dtype]), tree
+  )
+
+
+def models(
+  count: int, dtype: str = "float32", *, whole: bool = False
+) -> tuple[Any, list[Any]]:
+  """A base, and contributors around it.
+
+  Args:
+    count: how many contributors.
+    dtype: of the leaves.
+    whole: whether there is a vector beside the two matrices of one shape.
+  """
+  base = model(0, dtype, whole=whole)
+
+  def add(x, d):
+    if x.dtype == np.int32:
+      return x
+    return (np.float32(x) + np.float32(d)).astype(x.dtype)
+
+  near = [model(i + 1, dtype, whole=whole, spread=0.1) for i in range(count)]
+  return base, [jax.tree.map(add, base, d) for d in near]
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+  """The floating point leaves by text name, wide enough to hold them."""
+  out = {
+    f"layers/{i}/kernel": layer["kernel"]
+    for i, layer in enumerate(tree["layers"])
+  }
+  if "norm" in tree:
+    out["norm"] = tree["norm"]
+  return {name: np.asarray(x).astype(np.float32) for name, x in out.items()}
+
+
+def put(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """The tree on a mesh with axes x (4) and y (2)."""
+
+  def place(x):
+    spec = SPEC if x.ndim == 2 else P()
+    return jax.device_put(
+      jnp.asarray(x), jax.sharding.NamedSharding(mesh, spec)
+    )
+
+  return jax.tree.map(place, tree)
