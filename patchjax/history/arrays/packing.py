@@ -3,9 +3,9 @@
 A leaf is needed with the bases of its chain of differences. What the target
 holds in any encoding is not copied, if its own chain is whole there.
 
-Payloads are copied as they are. In a partial clone a payload that also holds
-leaves nobody asked for is not: its wanted arrays go, as they are stored, into
-a new payload. The first payload of a history holds every leaf, so copying it
+Payloads and blobs are copied as they are. In a partial clone one that also
+holds leaves nobody asked for is not: its wanted arrays go, as they are stored,
+into a new one. The first payload of a history holds every leaf, so copying it
 whole would make a partial clone a full one.
 """
 
@@ -14,8 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,13 +22,15 @@ import numpy as np
 from patchjax.history.arrays import chains
 from patchjax.history.arrays import index as indices
 from patchjax.history.arrays.index import INDEX, Location
+from patchjax.trees import dtypes
 from patchjax.trees.errors import ConflictError
 
 if TYPE_CHECKING:
   from patchjax.history.remotes.reach import Reached
   from patchjax.history.repo import Repo
+  from patchjax.trees.digest import Entry
 
-_GROUP = 256 << 20  # bytes of arrays in memory, and in one new payload
+_GROUP = 128 << 20  # bytes of leaves in memory, and in one new payload
 _TRIES = 3  # each lost to a `gc` that took what the plan relied on
 
 
@@ -54,11 +55,13 @@ class Plan:
     parts: what to copy.
     files: ids of patch files that leaves are read from.
     missing: digests of leaves that neither side has.
+    entries: `{digest: entry}` of the leaves asked for, and of their bases.
   """
 
   parts: tuple[Part, ...]
   files: frozenset[str]
   missing: frozenset[str]
+  entries: Mapping[str, Entry]
 
 
 def plan(
@@ -97,14 +100,16 @@ class _Planning:
     self.here: set[str] = set()  # packs of the target
     self.relied: set[str] = set()  # those of them that are needed
     self.places: dict[str, list[Location]] = {}  # on either side
+    self.routes: dict[str, Location] = {}  # of what was asked for
+    self.entries: dict[str, Entry] = {}  # of the same
     self.missing: set[str] = set()
 
-  def close(self, digests: Iterable[str]) -> None:
+  def close(self, leaves: Mapping[str, Entry]) -> None:
     """Chooses packs for leaves, and for the bases of what is chosen."""
     # With each leaf, the one that is going to be read from it: the chains of
     # two repositories must not make a loop, which neither has by itself.
     wanted: dict[tuple[str, str | None], None]
-    wanted = dict.fromkeys((digest, None) for digest in digests)
+    wanted = dict.fromkeys((digest, None) for digest in leaves)
     done: set[tuple[str, str | None]] = set()
     while wanted:
       done |= wanted.keys()
@@ -118,6 +123,12 @@ class _Planning:
         if chain is None:
           self.missing.add(digest)
         for place in chain or ():
+          if above is None:
+            if place.digest in self.routes:
+              break  # taken, with all below it
+            self.routes[place.digest] = place
+            entry = dataclasses.replace(leaves[digest], digest=place.digest)
+            self.entries[place.digest] = entry
           for other in self._take(place):
             if other.base is not None:
               after[other.base, other.digest] = None
@@ -147,7 +158,7 @@ class _Planning:
     pack = place.pack
     if pack in self.here:
       self.relied.add(pack)
-    elif self.partial and pack.startswith("payloads/"):
+    elif self.partial:
       self.chosen[pack][place.digest] = place
     elif pack not in self.chosen:
       inside = {each.digest: each for each in self._inside(pack)}
@@ -183,68 +194,107 @@ class _Planning:
       parts.append(Part(pack, None if whole else tuple(places.values())))
       files |= {object_of(p.encoding, p.key) for p in places.values()}
     needed = frozenset(name for name in files if name is not None)
-    return Plan(tuple(parts), needed, frozenset(self.missing))
+    return Plan(tuple(parts), needed, frozenset(self.missing), self.entries)
 
 
 def take(
   source: Repo,
   target: Repo,
-  parts: Iterable[Part],
+  plan: Plan,
   copied: Callable[[int, int], None],
 ) -> None:
-  """Copies parts of payloads into new payloads, arrays as they are stored.
+  """Copies the leaves that a plan takes out of payloads into new payloads.
+
+  Their arrays are copied as they are stored, and each leaf is decoded from
+  them before an index says that it is here.
 
   Args:
     source: where they are.
-    target: where they shall be; local, or on `gs://`.
-    parts: what to take.
+    target: where they shall be; local, or on `gs://`. It has what else the
+      plan says.
+    plan: says what to take.
     copied: called with 1 and the bytes of each payload written.
+
+  Raises:
+    IntegrityError: if arrays are missing or damaged; of leaves in the same
+      new payload none is here then.
   """
-  for part in parts:
-    generation = indices.generation(source.files, part.pack)
-    for places, arrays in _groups(source, part):
-      _store(target, arrays, places, generation)
-      copied(1, sum(array.nbytes for array in arrays.values()))
+  from patchjax.history.arrays import storing
+
+  for group in _groups(plan):
+    arrays, places = _read(source, target, plan, group)
+    generation = max(
+      indices.generation(source.files, pack)
+      for pack in {place.pack for place in group}
+    )
+    storing.store(
+      target.files, places, arrays, generation=generation, remark="part"
+    )
+    copied(1, sum(array.nbytes for array in arrays.values()))
 
 
-def _groups(
-  source: Repo, part: Part
-) -> Iterator[tuple[list[Location], dict[str, np.ndarray]]]:
-  """Yields leaves and their stored arrays, as many as fit into memory."""
-  from patchjax.history.arrays import payloads
-  from patchjax.history.arrays.encodings import ENCODINGS, key_of
+def _groups(plan: Plan) -> Iterator[list[Location]]:
+  """Yields leaves by the group, bases before what differs from them."""
+  routes = {p.digest: p for part in plan.parts for p in part.places or ()}
+  group: list[Location] = []
+  size = 0
+  ordered: dict[str, Location] = {}
+  for digest in routes:
+    for place in reversed(list(chains.along(digest, routes))):
+      ordered.setdefault(place.digest, place)
+  for place in ordered.values():
+    entry = plan.entries[place.digest]
+    size += entry.size * dtypes.itemsize(entry.dtype)
+    group.append(place)
+    if size >= _GROUP:
+      yield group
+      group, size = [], 0
+  if group:
+    yield group
 
-  payload = payloads.Payload(source.files, part.pack)
-  stored = payload.keys()
-  places: list[Location] = []
+
+def _read(
+  source: Repo, target: Repo, plan: Plan, group: Sequence[Location]
+) -> tuple[dict[str, np.ndarray], list[Location]]:
+  """Returns the stored arrays of leaves, and how these lie among them."""
+  from patchjax.history.arrays import storing
+  from patchjax.history.arrays.encodings import ENCODINGS, key_of, object_of
+  from patchjax.history.arrays.places import Packs
+
+  packs = Packs(source.files)
+  packs.open(group)
+  words = _bases(target, plan, group)
   arrays: dict[str, np.ndarray] = {}
-  for place in part.places or ():
-    keys = [key_of(place.key, name) for name in ENCODINGS[place.encoding].parts]
-    keys = [key for key in keys if key in stored]
-    payload.open(keys)
+  places = []
+  for place in group:
+    fetch = packs.fetch(place)
+    held = {part: fetch(part) for part in ENCODINGS[place.encoding].parts}
+    entry = plan.entries[place.digest]
+    base = None if place.base is None else words[place.base]
+    found = storing.decode(entry, place, held, base, target.objects.read)
+    found.flags.writeable = False  # several leaves may need it
+    words[place.digest] = found
+    if object_of(place.encoding, place.key) is None:
+      # Names repeat from payload to payload.
+      place = dataclasses.replace(place, key=place.digest)
     places.append(place)
-    arrays |= {key: payload.read(key) for key in keys}
-    if sum(array.nbytes for array in arrays.values()) >= _GROUP:
-      yield places, arrays
-      places, arrays = [], {}
-  if places:
-    yield places, arrays
+    arrays |= {key_of(place.key, part): array for part, array in held.items()}
+  return arrays, places
 
 
-def _store(
-  target: Repo,
-  arrays: Mapping[str, np.ndarray],
-  places: list[Location],
-  generation: int,
-) -> None:
-  from patchjax.history.arrays import blobs, payloads
-
-  spelled = indices.spell(places)
-  blob = blobs.pack(arrays, spelled, generation=generation)
-  if blob is not None:
-    target.files.write(f"blobs/{blobs.name_of(blob)}", blob)
-    return
-  pack = f"payloads/{uuid.uuid4().hex}"
-  metadata = {"format": "patchjax payload 1", "part": True}
-  payloads.save(target.files.path(pack), arrays, metadata=metadata)
-  indices.write(target.files, pack, spelled, generation=generation)
+def _bases(
+  target: Repo, plan: Plan, group: Sequence[Location]
+) -> dict[str, np.ndarray]:
+  """Returns the words of those bases of leaves that the target has."""
+  inside = {place.digest for place in group}
+  wanted = {
+    place.base: dataclasses.replace(
+      plan.entries[place.digest], digest=place.base
+    )
+    for place in group
+    if place.base is not None and place.base not in inside
+  }
+  found = target.reader.read(wanted) if wanted else {}
+  for array in found.values():
+    array.flags.writeable = False
+  return found

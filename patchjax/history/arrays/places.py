@@ -29,6 +29,7 @@ class Packs:
     self.files = files
     self._payloads: dict[str, Payload] = {}
     self._blobs: dict[str, tuple[bytes, tuple[dict[str, Any], int]]] = {}
+    self._read: dict[str, bytes] = {}  # of blobs, ahead of `_blobs`
     self._lock = threading.Lock()
 
   def open(self, places: Iterable[Location]) -> None:
@@ -38,11 +39,17 @@ class Packs:
       places: where the leaves are.
     """
     keys = collections.defaultdict(list)
+    absent = set()
     for place in places:
       if not place.pack.startswith("blobs/"):
         keys[place.pack] += keys_of(place)
+      elif place.pack not in self._blobs:
+        absent.add(place.pack)
     for pack, wanted in keys.items():
       self._payload(pack).open(wanted)
+    if not self.files.local:
+      # A store answers many requests in the time of one.
+      self._read |= self.files.read_all(sorted(absent))
 
   def fetch(self, place: Location) -> Fetch:
     """Returns what reads the stored arrays of a leaf.
@@ -79,7 +86,7 @@ class Packs:
     with self._lock:
       if pack not in self._blobs:
         try:
-          data = self.files.read(pack)
+          data = self._read.pop(pack, None) or self.files.read(pack)
         except OSError as error:
           raise IntegrityError(
             f"{self.files.path(pack)} cannot be read: {error}"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchjax.history.arrays import blobs, chains, encodings, lineage, payloads
+from patchjax.history.arrays import chains, encodings, lineage, storing
 from patchjax.history.arrays import index as indices
 from patchjax.history.arrays.encodings import ENCODINGS, MAX_DEPTH
 from patchjax.history.arrays.index import Location
@@ -17,8 +16,7 @@ from patchjax.history.arrays.lineage import Member
 from patchjax.history.arrays.places import Packs
 from patchjax.history.upkeep.repack import RepackReport
 from patchjax.trees import dtypes, tiles
-from patchjax.trees.digest import Entry, words_digest
-from patchjax.trees.errors import IntegrityError
+from patchjax.trees.digest import Entry
 
 if TYPE_CHECKING:
   from patchjax.history.repo import Repo
@@ -269,12 +267,14 @@ class Repacking:
         held = {part: fetch(part) for part in encoding.parts}
         if held:
           place = dataclasses.replace(place, key=digest)
-      self._check(entry, place, held, base)
+      storing.decode(entry, place, held, base, self.repo.objects.read)
       places.append(place)
       for part, array in held.items():
         arrays[encodings.key_of(place.key, part)] = array
     generation = 1 + max(self._generation(p.pack) for p in old.values())
-    self._store(places, arrays, generation)
+    storing.store(
+      self.files, places, arrays, generation=generation, remark="repacked"
+    )
     self.packs += 1
 
   def _words(self, group: Mapping[str, _Fate]) -> dict[str, np.ndarray]:
@@ -292,51 +292,7 @@ class Repacking:
       array.flags.writeable = False  # several leaves may need it
     return found
 
-  def _check(
-    self,
-    entry: Entry,
-    place: Location,
-    held: Mapping[str, np.ndarray],
-    base: np.ndarray | None,
-  ) -> None:
-    """Decodes a leaf from what is about to be stored."""
-    if encodings.object_of(place.encoding, place.key) is not None:
-      fetch = encodings.fetch_patch(place.key, self.repo.objects.read)
-    else:
-      fetch = encodings.fetch_from(held)
-    words = ENCODINGS[place.encoding].decode(entry, None, fetch, base)
-    if words_digest(words, entry.dtype, entry.shape) != entry.digest:
-      raise IntegrityError(
-        f"leaf {entry.digest[:16]} does not come back from {place.encoding}; "
-        "nothing of this group was rewritten: run fsck"
-      )
-
   def _generation(self, pack: str) -> int:
     if pack not in self._generations:
       self._generations[pack] = indices.generation(self.files, pack)
     return self._generations[pack]
-
-  def _store(
-    self,
-    places: Iterable[Location],
-    arrays: Mapping[str, np.ndarray],
-    generation: int,
-  ) -> None:
-    spelled = indices.spell(places)
-    blob = blobs.pack(arrays, spelled, generation=generation)
-    if blob is not None:
-      self.files.write(f"blobs/{blobs.name_of(blob)}", blob)
-      return
-    pack = f"payloads/{uuid.uuid4().hex}"
-    metadata = {"format": "patchjax payload 1", "repacked": True}
-    payloads.save(self.files.path(pack), arrays, metadata=metadata)
-    payload = payloads.Payload(self.files, pack)
-    payload.open(arrays)
-    for key, array in arrays.items():
-      # Compared as bytes: a NaN is no reason for alarm.
-      if payload.read(key).tobytes() != array.tobytes():
-        raise IntegrityError(
-          f"{self.files.path(pack)}, array {key!r} was not stored as it was "
-          "written; the payload does not count: check the disk"
-        )
-    indices.write(self.files, pack, spelled, generation=generation)

@@ -192,19 +192,40 @@ def copy(
     raise IntegrityError(_absent(source, found, plan.missing))
   transfer.patches(plan.files)
   transfer.packs([part for part in plan.parts if part.places is None])
-  cut = [part for part in plan.parts if part.places is not None]
-  packing.take(source, target, cut, transfer.copied)
+  packing.take(source, target, plan, transfer.copied)
   if verify:
-    _verify(target, found, progress)
+    _verify(target, found, {part.pack for part in plan.parts}, progress)
   return transfer.counts
 
 
-def _verify(target: Repo, found: Reached, progress: Progress) -> None:
+def _verify(
+  target: Repo, found: Reached, copied: Collection[str], progress: Progress
+) -> None:
+  """Reads all leaves; takes the packs of a bad one away again."""
   target.index.refresh()
   for done, (digest, entry) in enumerate(found.leaves.items(), 1):
-    # One by one: memory holds one leaf and its bases.
-    target.reader.read({found.names[digest]: entry})
+    try:
+      # One by one: memory holds one leaf and its bases.
+      target.reader.read({found.names[digest]: entry})
+    except IntegrityError:
+      _drop(target, digest, copied)
+      raise
     progress("leaves", done, len(found.leaves))
+
+
+def _drop(target: Repo, digest: str, copied: Collection[str]) -> None:
+  """Removes what was copied of a damaged leaf: else it counts as being here."""
+  import math
+
+  from patchjax.history.arrays import chains
+  from patchjax.history.upkeep import bins
+
+  places = chains.gather(target.index.find, [digest]).values()
+  trash = bins.bin_of(target.files, math.inf)
+  for pack in {place.pack for found in places for place in found}:
+    if pack in copied:
+      trash.delete(pack)
+  target.index.refresh()
 
 
 def _absent(source: Repo, found: Reached, missing: Iterable[str]) -> str:

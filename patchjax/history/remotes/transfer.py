@@ -86,7 +86,7 @@ class Transfer:
       found: what a walk met.
     """
     self.counts.commits += len(found.commits)
-    small = self._absent([*found.objects])
+    small = self._absent({n: len(d) for n, d in found.objects.items()})
     for start in range(0, len(small), _BATCH):
       batch = {n: found.objects[n] for n in small[start : start + _BATCH]}
       self.target.files.write_all({key_of(n): d for n, d in batch.items()})
@@ -100,16 +100,23 @@ class Transfer:
     Args:
       names: their ids.
     """
-    absent = self._absent([*names])
+    source = self.source.files
+    # A store is not asked file by file.
+    sizes = {n: source.size(key_of(n)) if source.local else None for n in names}
+    absent = self._absent(sizes)
     self._copy(map(key_of, absent), verified=True)
     self.counts.objects += len(absent)
 
-  def _absent(self, names: list[str]) -> list[str]:
-    """Returns the objects that the target lacks; freshens the others."""
-    files = self.target.files
+  def _absent(self, sizes: Mapping[str, int | None]) -> list[str]:
+    """Returns the objects that the target lacks; freshens the others.
+
+    No copy leaves a part of an object under its name; a disk may. One that is
+    shorter than it should be is copied again.
+    """
+    files, names = self.target.files, list(sizes)
     if files.local:
       # What we are going to rely on must not fall to a `gc` meanwhile.
-      return [n for n in names if not files.freshen(key_of(n))]
+      return [n for n in names if not self._holds(key_of(n), sizes[n])]
     if len(names) <= _BATCH:
       there = each(lambda name: files.exists(key_of(name)), names)
       return [name for name, found in zip(names, there) if not found]
@@ -162,13 +169,14 @@ class Transfer:
       size = source.size(key) if source.local else None
       # What an interrupted copy left must not fall to a `gc` meanwhile, which
       # takes it for a leftover until its index is there.
-      whole = key in has and (
-        not target.local
-        or (target.freshen(key) and (size is None or target.holds(key, size)))
-      )
-      if not whole:
+      if key not in has or (target.local and not self._holds(key, size)):
         found[key] = size
     return found
+
+  def _holds(self, key: str, size: int | None) -> bool:
+    """Returns whether a file is there, fresh, and as long as it should be."""
+    target = self.target.files
+    return target.freshen(key) and (size is None or target.holds(key, size))
 
   def _indices(self, packs: Iterable[str]) -> None:
     """Copies indices, which makes their payloads exist."""
