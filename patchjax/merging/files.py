@@ -88,7 +88,7 @@ def merge_files(
   results = engine.run(
     method,
     state,
-    _leaves(floats, sources),
+    _leaves(floats, sources, engine.in_params(method, True)),
     {name: tuple(x.shape) for name, x in floats.items()},
     contributors=len(sources),
     as_params=True,
@@ -113,7 +113,9 @@ def merge_files(
 
 
 def _leaves(
-  floats: Mapping[str, np.ndarray], sources: Sequence[Mapping[str, Any]]
+  floats: Mapping[str, np.ndarray],
+  sources: Sequence[Mapping[str, Any]],
+  params: bool,
 ) -> dict[str, Any]:
   def fetch(name: str) -> leafwise.Work:
     base = floats[name]
@@ -121,7 +123,9 @@ def _leaves(
     return leafwise.Work(
       base,
       tuple(
-        leafwise.held_dense(base, one) if isinstance(one, Delta) else one
+        leafwise.held_dense(base, one, params=params)
+        if isinstance(one, Delta)
+        else one
         for one in given
       ),
     )

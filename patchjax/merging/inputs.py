@@ -34,13 +34,15 @@ def is_float(leaf: Any) -> bool:
 
 
 def sources_of(
-  base: Mapping[str, Any], contributors: Sequence[Any]
+  base: Mapping[str, Any], contributors: Sequence[Any], *, same: bool = False
 ) -> list[dict[str, Any]]:
   """Returns, for each contributor, its leaf or delta by name where it has one.
 
   Args:
     base: named leaves of the base.
     contributors: pytrees with the leaves of the base, or patches on it.
+    same: whether a contributor's leaf that is the base's own object is there
+      too, and not left out as no change.
 
   Raises:
     MismatchError: if a contributor does not fit the base; lists every leaf.
@@ -80,7 +82,7 @@ def sources_of(
       {
         name: leaves[name]
         for name, leaf in arrays.items()
-        if leaves[name] is not leaf
+        if same or leaves[name] is not leaf
       }
     )
   return found
@@ -192,6 +194,44 @@ def check_narrow(leaves: Mapping[str, Any]) -> None:
       + "\nto mend it: jax.config.update('jax_enable_x64', True), or cast "
       "them, or leave them out with only="
     )
+
+
+def changed_of(
+  base: Mapping[str, Any], sources: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+  """Returns the sources without leaves that are the base's own objects.
+
+  Args:
+    base: named leaves of the base.
+    sources: from `sources_of`.
+  """
+  return [
+    {name: x for name, x in source.items() if x is not base[name]}
+    for source in sources
+  ]
+
+
+def grouped(
+  leaves: Mapping[str, Any], methods: Mapping[Any, Any]
+) -> list[tuple[Any, dict[str, Any]]]:
+  """Returns the leaves that fall to each selector; the first that fits wins.
+
+  Args:
+    leaves: named leaves.
+    methods: a mapping whose keys are selectors.
+
+  Returns:
+    `(key, its leaves)` for each key; leaves of no group are left out.
+
+  Raises:
+    SelectionError: if a selector picks nothing at all.
+  """
+  left, groups = dict(leaves), []
+  for selector in methods:
+    names = leaves if selector is None else select_named(leaves, selector)
+    picked = [name for name in names if name in left]
+    groups.append((selector, {name: left.pop(name) for name in picked}))
+  return groups
 
 
 def on_device(leaf: Any, like: Any = None) -> Any:

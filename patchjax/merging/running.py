@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from patchjax.trees.names import flatten
 def merge(
   base: Any,
   contributors: Sequence[Any],
-  method: Transform,
+  method: Transform | Mapping[Any, Transform],
   *,
   state: Any = None,
   only: Any = None,
@@ -28,26 +28,36 @@ def merge(
 ) -> Any:
   """Returns the base with the contributors' changes merged into it.
 
-  Each contributor counts through its task vector `f32(x) - f32(base)`; the
-  sum is rounded once, to the leaf's dtype. The result has the same bits
-  eagerly, inside `jit` (where the method may be an argument), on any mesh,
-  and from files (`merge_files`). With a Python density under `jit`, which
-  sees float32, this holds for densities of up to six decimals. Differentiable
-  in base, contributors, weights, scale; `vmap` over numbers of the method.
+  Most methods see a contributor as its task vector `f32(x) - f32(base)`, and
+  add what they make of them to the base; some (`Transform.space`) see its
+  parameters `f32(x)`, and need no base. Either way there is one rounding, to
+  the leaf's dtype. The result has the same bits eagerly, inside `jit` (where
+  the method may be an argument), on any mesh, and from files (`merge_files`),
+  but for methods that sum floats over a leaf: there the last bits may differ.
+  With a Python density under `jit`, which sees float32, this holds for
+  densities of up to six decimals. Differentiable in base, contributors,
+  weights, scale; `vmap` over numbers of the method.
 
   Floating point leaves are merged. In all others the contributors must agree;
   inside `jit`, where that cannot be seen, the base's are kept. A leaf that no
-  contributor changes is the same object. Every contributor given is counted.
+  contributor changes is the same object, unless the method may change what
+  all have in common. Every contributor given is counted.
 
   Args:
-    base: pytree of arrays.
+    base: pytree of arrays; None for a method that needs none: structure and
+      leaves that are not merged are then those of the first contributor.
     contributors: pytrees with the leaves of the base, or patches on it.
-    method: a transform with a reducing step, e.g. `pj.merging.ties()`.
+    method: a transform with a reducing step, e.g. `pj.merging.ties()`; or a
+      mapping of selectors of leaves to transforms. The first selector that
+      picks a leaf decides; what is counted over the tree is counted over the
+      leaves of one selector; leaves that none picks stay the base's.
     state: of each of its steps, as `method.init(base)` makes it, to learn or
-      replace the numbers; by default the method's own.
+      replace the numbers; by default the method's own. For a mapping, a
+      mapping with the same keys.
     only: selector of the leaves to merge; the others stay the base's.
-    donate: whether the merged leaves of `base` may be overwritten: the fast
-      path outside `jit` (inside, donate at the outer `jit`).
+    donate: whether the merged leaves of `base` (without one, of the first
+      contributor) may be overwritten: the fast path outside `jit` (inside,
+      donate at the outer `jit`).
 
   Returns:
     A pytree of the structure, shapes, dtypes and shardings of `base`.
@@ -57,6 +67,7 @@ def merge(
       a leaf that is not floating point; lists every leaf.
     NonFiniteError: outside `jit`, if NaN or Inf is found; names the leaves.
     DtypeError: for 64-bit leaves while JAX narrows them.
+    StructureError: if there is no base, and something needs it.
     ValueError: if the method has no reducing step.
 
   Example:
@@ -64,17 +75,62 @@ def merge(
     >>> base, a, b = ({"w": np.float32([x, 1])} for x in (0, 1, 3))
     >>> pj.merge(base, [a, b], pj.merging.linear())["w"].tolist()
     [2.0, 1.0]
+    >>> pj.merge(None, [a, b], pj.merging.linear())["w"].tolist()
+    [2.0, 1.0]
+    >>> methods = {"w": pj.merging.task_arithmetic()}
+    >>> pj.merge(base, [a, b], methods)["w"].tolist()
+    [4.0, 1.0]
   """
-  check_reducing(method, len(contributors))
-  named, treedef = flatten(base)
-  sources = inputs.sources_of(named, contributors)
+  methods = method if isinstance(method, Mapping) else {None: method}
+  states = state if isinstance(method, Mapping) else {None: state}
+  for one in methods.values():
+    check_reducing(one, len(contributors))
+  if base is None:
+    _check_baseless(contributors, methods)
+    named, treedef = flatten(contributors[0])
+    sources = inputs.sources_of(named, contributors, same=True)
+    own = sources
+  else:
+    named, treedef = flatten(base)
+    sources = inputs.sources_of(named, contributors, same=True)
+    own = inputs.changed_of(named, sources)
   floats = inputs.floats_of(named, only)
   changed = dict(named)
   if only is None:
     rest = [n for n in named if n not in floats and inputs.is_array(named[n])]
-    changed |= inputs.agreed(named, sources, rest)
-  changed |= dict(_run(floats, sources, method, state, True, donate))
+    changed |= inputs.agreed(named, own, rest)
+  for key, leaves in inputs.grouped(floats, methods):
+    one = methods[key]
+    changed |= _run(
+      leaves,
+      # What is the base's own object is no change, unless the method may
+      # change what all contributors have in common.
+      sources if one.space == "params" else own,
+      one,
+      None if states is None else states[key],
+      as_params=True,
+      donate=donate,
+      baseless=base is None,
+    )
   return jax.tree.unflatten(treedef, changed.values())
+
+
+def _check_baseless(
+  contributors: Sequence[Any], methods: Mapping[Any, Transform]
+) -> None:
+  """Raises StructureError if something needs a base."""
+  for method in methods.values():
+    if method.space == "deltas" or method.needs_base:
+      raise StructureError(
+        f"{method} needs the base that task vectors are measured from, or "
+        "reads it: merge(base, contributors, method)"
+      )
+  if not contributors:
+    raise StructureError("there is nothing to merge: contributors is empty")
+  if any(isinstance(c, Patch) for c in contributors):
+    raise StructureError(
+      "a patch is a change of its base: merge(base, contributors, method)"
+    )
 
 
 def combine(
@@ -90,7 +146,8 @@ def combine(
   Args:
     patches: patches on one base.
     method: a transform with a reducing step.
-    base: the base; needed only for laws other than `add`.
+    base: the base; needed for laws other than `add`, and by methods that
+      work on parameters.
     state: see `merge`.
     only: selector of the leaves to merge; the others are left out.
 
@@ -101,7 +158,8 @@ def combine(
   Raises:
     BaseMismatchError: if the patches say that their bases differ.
     MismatchError: if they do not fit each other.
-    StructureError: if a base is needed.
+    StructureError: if a base is needed: by a law, or by a method that works
+      on parameters.
 
   Example:
     >>> import numpy as np, patchjax as pj
@@ -140,9 +198,9 @@ def combine(
     shapes = {name: tuple(named[name].shape) for name in floats}
   else:
     shapes = None
-  results = _run(floats, sources, method, state, False, False, shapes)
+  results = _run(floats, sources, method, state, as_params=False, shapes=shapes)
   return Patch(
-    {name: Delta(Dense(out[0]), "add") for name, out in results},
+    {name: Delta(Dense(out[0]), "add") for name, out in results.items()},
     next((p.structure for p in patches if p.structure is not None), None),
     base=next(iter(digests), None),
   )
@@ -177,42 +235,53 @@ def check_reducing(method: Transform, k: int) -> None:
 
 
 def _run(
-  floats: dict[str, Any],
-  sources: Sequence[dict[str, Any]],
+  floats: Mapping[str, Any],
+  sources: Sequence[Mapping[str, Any]],
   method: Transform,
   state: Any,
+  *,
   as_params: bool,
-  donate: bool,
-  shapes: dict[str, Any] | None = None,
-):
-  """Yields the results of the leaves that some contributor changes."""
+  donate: bool = False,
+  baseless: bool = False,
+  shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, Any]:
+  """Returns the results of the leaves that some contributor holds."""
   inputs.check_narrow({n: x for n, x in floats.items() if x is not None})
   touched = [n for n in floats if any(n in source for source in sources)]
   traced = engine.is_traced(floats, sources, method, state)
+  params = engine.in_params(method, as_params)
   leaves = {}
   for name in touched:
-    base = floats[name] if traced else inputs.on_device(floats[name])
-    given = []
-    for source in sources:
-      one = source.get(name)
-      if isinstance(one, Delta):
-        one = one if traced else leafwise.held_dense(base, one)
-      elif one is not None and not traced:
-        one = inputs.on_device(one, base)
-      given.append(one)
-    work = leafwise.Work(base, tuple(given))
+    leaf = floats[name]
+    given = [source.get(name) for source in sources]
+    reads = not baseless and engine.reads_base(method, given, as_params)
+    if not traced:
+      if reads or (donate and not baseless):
+        leaf = inputs.on_device(leaf)
+      given = [
+        leafwise.held_dense(leaf, one, params=params)
+        if isinstance(one, Delta)
+        else one
+        if one is None
+        else inputs.on_device(one, leaf)
+        for one in given
+      ]
+    like = given[0] if baseless else leaf
+    work = leafwise.Work(leaf if reads else None, tuple(given), like)
     leaves[name] = lambda work=work: work
   if not leaves:
-    return
+    return {}
   if shapes is None:
     shapes = {name: tuple(leaf.shape) for name, leaf in floats.items()}
-  yield from engine.run(
-    method,
-    state,
-    leaves,
-    shapes,
-    contributors=len(sources),
-    as_params=as_params,
-    donate=donate,
-    traced=traced,
+  return dict(
+    engine.run(
+      method,
+      state,
+      leaves,
+      shapes,
+      contributors=len(sources),
+      as_params=as_params,
+      donate=donate,
+      traced=traced,
+    )
   )

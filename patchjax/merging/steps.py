@@ -2,7 +2,7 @@
 
 Each returns a transform for `pj.chain`; `trim` is in `patchjax.patches`, since
 encodings use it too. Deltas are the contributors' task vectors
-`f32(x) - f32(base)`.
+`f32(x) - f32(base)`; where nothing but means is computed, their parameters.
 """
 
 from __future__ import annotations
@@ -157,19 +157,28 @@ _DISJOINT = transform.register_step(
 
 
 def weighted_sum(
-  *, weights: Any = 1.0, normalize: bool = False
+  *,
+  weights: Any = 1.0,
+  normalize: bool = False,
+  space: Literal["deltas", "params"] | None = None,
 ) -> transform.Transform:
   """Returns the step `sum_i w_i d_i`.
 
   Args:
     weights: w, one a contributor or one for all.
     normalize: whether to divide by the sum of the weights.
+    space: what is summed: task vectors ("deltas") or parameters. By default
+      task vectors; where weights are normalized the sums are the same, and
+      whatever the other steps of a chain need is taken.
   """
-  return transform.Transform.of(_SUM, {"weights": weights}, normalize=normalize)
+  if space not in ("deltas", "params", None):
+    raise ValueError(f"space must be 'deltas' or 'params', got {space!r}")
+  options = {"normalize": normalize} | ({"space": space} if space else {})
+  return transform.Transform.of(_SUM, {"weights": weights}, **options)
 
 
-def _sum(leaf, deltas, base, state, shared, *, normalize):
-  del leaf, base, shared
+def _sum(leaf, deltas, base, state, shared, *, normalize, space=None):
+  del leaf, base, shared, space
   weights = transform.per_contributor(state["weights"], len(deltas))
   weights = tuple(_as(w, deltas[0]) for w in weights)
   if normalize:
@@ -180,8 +189,18 @@ def _sum(leaf, deltas, base, state, shared, *, normalize):
   return functools.reduce(jnp.add, _weighted(deltas, weights))
 
 
+def _sum_space(*, normalize, space=None):
+  return space or ("either" if normalize else "deltas")
+
+
 _SUM = transform.register_step(
-  transform.Step(name="weighted_sum", update=_sum, reducing=True)
+  transform.Step(
+    name="weighted_sum",
+    update=_sum,
+    reducing=True,
+    space=_sum_space,
+    carries_nonfinite=True,
+  )
 )
 
 
@@ -197,7 +216,13 @@ def _mean(leaf, deltas, base, state, shared):
 
 
 _MEAN = transform.register_step(
-  transform.Step(name="mean", update=_mean, reducing=True)
+  transform.Step(
+    name="mean",
+    update=_mean,
+    reducing=True,
+    space=lambda: "either",
+    carries_nonfinite=True,
+  )
 )
 
 
@@ -222,4 +247,6 @@ def _scale(leaf, deltas, base, state, shared):
   return _weighted(deltas, scales)
 
 
-_SCALE = transform.register_step(transform.Step(name="scale", update=_scale))
+_SCALE = transform.register_step(
+  transform.Step(name="scale", update=_scale, carries_nonfinite=True)
+)

@@ -8,23 +8,31 @@ are read one at a time, once for each pass. All three give the same bits.
 
 A counting step is run in passes: the stages before it are computed again for
 each leaf and pass, so that no copy of the model is kept. Task vectors are the
-one expression `f32(x) - f32(base)` in every pass.
+one expression `f32(x) - f32(base)` in every pass. In the space of parameters
+(`transform.Transform.space`) the base is neither subtracted nor added, and
+not read unless a step asks for it or a contributor lacks the leaf.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from patchjax.patches import leafwise, placement, transform
+from patchjax.patches import leafwise, perleaf, placement, transform
 from patchjax.patches.counting import LIMB
-from patchjax.trees.errors import NonFiniteError, SelectionError
+from patchjax.trees.errors import (
+  NonFiniteError,
+  SelectionError,
+  StructureError,
+)
 
 Leaves = Mapping[str, Callable[[], leafwise.Work]]
 """Each leaf's work by name, fetched when it is needed (files are read then)."""
@@ -33,6 +41,32 @@ Leaves = Mapping[str, Callable[[], leafwise.Work]]
 def is_traced(*trees: Any) -> bool:
   """Returns whether any leaf is a tracer: jit, grad or vmap is running."""
   return any(isinstance(x, Tracer) for x in jax.tree.leaves(trees))
+
+
+def in_params(method: transform.Transform, as_params: bool) -> bool:
+  """Returns whether a method is run on parameters, not on task vectors.
+
+  Args:
+    method: the transform.
+    as_params: whether leaves of parameters are wanted, or deltas.
+  """
+  space = method.space
+  return space == "params" or (space == "either" and as_params)
+
+
+def reads_base(
+  method: transform.Transform, sources: Sequence[Any], as_params: bool
+) -> bool:
+  """Returns whether a leaf's result depends on the base's leaf.
+
+  Args:
+    method: the transform.
+    sources: of the leaf, one a contributor.
+    as_params: whether leaves of parameters are wanted, or deltas.
+  """
+  if not in_params(method, as_params) or not as_params or method.needs_base:
+    return True
+  return any(s is None or isinstance(s, leafwise.Delta) for s in sources)
 
 
 def run(
@@ -66,6 +100,7 @@ def run(
   Raises:
     NonFiniteError: eagerly, after the last leaf, if one holds NaN or Inf.
     SelectionError: if the state has the wrong number of parts.
+    StructureError: if there is no base for a step that needs it.
   """
   order = {name: i for i, name in enumerate(sorted(shapes))}
   ordered = [shapes[name] for name in order]
@@ -78,82 +113,124 @@ def run(
       f"{len(state)} parts; make it with method.init(params)"
     )
 
-  def leaf_of(name: str, work: leafwise.Work) -> placement.Leaf:
-    like: Any = work.base
-    if like is None:
-      source = next(s for s in work.sources if s is not None)
-      like = getattr(source.code, "values", None)
-    if not hasattr(like, "ndim") or tuple(like.shape) != work.shape:
-      like = jax.ShapeDtypeStruct(work.shape, jnp.float32)
-    return placement.leaf_of(
-      like, order[name], len(order), placement.identity_of(name)
-    )
-
+  plan = leafwise.Plan(method.stages, in_params(method, as_params))
   runner = _Inline() if traced else _Eager(donate, streamed)
+  differ = perleaf.varies(state)
   shared: list[Any] = [None] * len(method.stages)
 
-  def carries(work: leafwise.Work) -> tuple[Any, ...]:
-    return tuple(
-      step.start(state[i], [work.shape], contributors, **dict(options))
+  def item(name: str, fetch: Callable[[], leafwise.Work]) -> _Item:
+    work = fetch()
+    if work.base is None and reads_base(method, work.sources, as_params):
+      _check_baseless(method, plan, name, work)
+    elif not reads_base(method, work.sources, as_params):
+      work = dataclasses.replace(work, base=None, like=work.template)
+    like = work.template
+    if not isinstance(like, jax.Array):
+      arrays = (s for s in work.sources if isinstance(s, jax.Array))
+      like = next(arrays, like)
+    if not hasattr(like, "ndim") or tuple(like.shape) != work.shape:
+      like = jax.ShapeDtypeStruct(work.shape, jnp.float32)
+    leaf = placement.leaf_of(
+      like, order[name], len(order), placement.identity_of(name)
+    )
+    own = perleaf.resolved(state, name) if differ else state
+    carries = tuple(
+      step.start(own[i], [work.shape], contributors, **dict(options))
       if transform.scope_of(step, options) == "leaf"
       else shared[i]
       for i, (step, options) in enumerate(method.stages)
     )
+    return _Item(name, leaf, work, own, carries)
 
-  def works() -> Iterator[
-    tuple[placement.Leaf, leafwise.Work, tuple[Any, ...]]
-  ]:
+  def items() -> Iterator[_Item]:
     for name, fetch in leaves.items():
-      work = fetch()
-      yield leaf_of(name, work), work, carries(work)
+      yield item(name, fetch)
 
   for index, (step, options) in enumerate(method.stages):
     if leaves and transform.scope_of(step, options) == "tree":
       start = step.start(state[index], ordered, contributors, **dict(options))
-      shared[index] = runner.passes(method.stages, index, works, state, start)
-  for name, fetch in leaves.items():
-    work = fetch()
-    leaf = leaf_of(name, work)
-    yield (
-      name,
-      runner.update(
-        method.stages, as_params, name, leaf, work, state, carries(work)
-      ),
+      shared[index] = runner.passes(plan, index, items, start)
+  for it in items():
+    here = plan
+    if as_params:
+      dtype = np.dtype(it.work.template.dtype)
+      here = dataclasses.replace(plan, dtype=dtype)
+    yield it.name, runner.update(here, it)
+  runner.check(lambda name: item(name, leaves[name]))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+  """A leaf with all that its functions are called with."""
+
+  name: str
+  leaf: placement.Leaf
+  work: leafwise.Work
+  state: Any
+  carries: tuple[Any, ...]
+
+  def carrying(self, index: int, carry: Any) -> tuple[Any, ...]:
+    """The carries, with that of one stage replaced."""
+    return (*self.carries[:index], carry, *self.carries[index + 1 :])
+
+
+def _check_baseless(
+  method: transform.Transform,
+  plan: leafwise.Plan,
+  name: str,
+  work: leafwise.Work,
+) -> None:
+  """Raises StructureError where there is no base and somebody reads it."""
+  asking = [step.name for step, _ in method.stages if step.needs_base]
+  if asking or plan.params:
+    why = f"the step {asking[0]}" if asking else "what works on parameters"
+    raise StructureError(
+      f"the base is needed for {name} by {why}: merge(base, ...), or "
+      "combine(..., base=params)"
     )
-  runner.check()
 
 
 class _Inline:
   """Everything in the trace of a transformation of the user's."""
 
-  def passes(self, stages, index, works, state, start):
-    held = [(leaf, w.base, w.sources, now) for leaf, w, now in works()]
-    held = lax.stop_gradient((held, state))
+  def passes(self, plan, index, items, start):
+    held = [
+      (i.leaf, i.work.base, i.work.sources, i.state, i.carries) for i in items()
+    ]
+
+    def one_pass(held, carry):
+      total = None
+      for leaf, base, sources, state, carries in held:
+        now = (*carries[:index], carry, *carries[index + 1 :])
+        one = leafwise.count_whole(plan, index, leaf, base, sources, state, now)
+        total = one if total is None else jax.tree.map(jnp.add, total, one)
+      return leafwise.finish(plan, index, total, carry)
+
+    if plan.stages[index][0].once:
+      return one_pass(held, start)[0]
+    held = lax.stop_gradient(held)
 
     def body(carry):
-      (items, state_), carry = lax.optimization_barrier((held, carry))
-      total = None
-      for leaf, base, sources, now in items:
-        now = (*now[:index], carry[0], *now[index + 1 :])
-        one = leafwise.count_whole(
-          stages, index, leaf, base, sources, state_, now
-        )
-        total = one if total is None else jax.tree.map(jnp.add, total, one)
-      return leafwise.finish(stages, index, total, carry[0])
+      held_, carry = lax.optimization_barrier((held, carry))
+      return one_pass(held_, carry[0])
 
     carry, _ = lax.while_loop(
       lambda carry: ~carry[1], body, (start, jnp.asarray(False))
     )
     return carry
 
-  def update(self, stages, as_params, name, leaf, work, state, shared):
-    del name
+  def update(self, plan, item):
     out, _ = leafwise.update(
-      stages, as_params, False, leaf, work.base, work.sources, state, shared
+      plan,
+      item.leaf,
+      item.work.base,
+      item.work.sources,
+      item.state,
+      item.carries,
     )
     return out
 
-  def check(self):
+  def check(self, again):
     pass
 
 
@@ -163,50 +240,85 @@ class _Eager:
   def __init__(self, donate: bool, streamed: bool):
     self._donate = donate
     self._streamed = streamed
-    self._bad = {}
+    self._bad: dict[str, Any] = {}
+    self._plans: dict[str, leafwise.Plan] = {}
 
-  def passes(self, stages, index, works, state, start):
-    count, finish = _count_jit(stages, index), _finish_jit(stages, index)
+  def passes(self, plan, index, items, start):
+    count, finish = _count_jit(plan, index), _finish_jit(plan, index)
     carry, done = start, False
     while not done:
       # Leaves of one set of devices are summed there, the sets on the host.
       totals: dict[Any, Any] = {}
-      for leaf, work, now in works():
-        now = (*now[:index], carry, *now[index + 1 :])
-        where = _devices(work.base)
+      for item in items():
+        work = item.work
+        where = _devices(work.template)
         totals[where] = count(
-          leaf, work.base, work.sources, state, now, totals.get(where)
+          item.leaf,
+          work.base,
+          work.sources,
+          item.state,
+          item.carrying(index, carry),
+          totals.get(where),
         )
         if self._streamed:
           jax.block_until_ready(totals[where])
       parts = jax.device_get(list(totals.values()))
       total = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
       carry, done = jax.device_get(finish(total, carry))
+      done = done or plan.stages[index][0].once
     return carry
 
-  def update(self, stages, as_params, name, leaf, work, state, shared):
-    donate = self._donate and as_params and isinstance(work.base, jax.Array)
-    sharding = None
-    if as_params and leaf.mesh is not None:
-      sharding = work.base.sharding
-    function = _update_jit(stages, as_params, donate, sharding)
-    out, self._bad[name] = function(
-      work.base, leaf, work.sources, state, shared
+  def update(self, plan, item):
+    carried = all(step.carries_nonfinite for step, _ in plan.stages)
+    plan = dataclasses.replace(
+      plan, checked="result" if carried and plan.dtype is not None else "all"
     )
+    out, self._bad[item.name] = self._call(plan, item, self._donate)
+    self._plans[item.name] = plan
     return out
 
-  def check(self):
+  def _call(self, plan, item, donate):
+    work, like = item.work, item.work.template
+    sharding = None
+    if plan.dtype is not None and item.leaf.mesh is not None:
+      sharding = like.sharding
+    base, sources, spare = work.base, work.sources, None
+    if donate and plan.dtype is not None and isinstance(like, jax.Array):
+      # What the result may be written over: the base's leaf, whether it is
+      # read or not, or without a base the first contributor's.
+      uses = sum(s is like for s in sources)
+      if not uses:
+        spare, base = "base", like
+      elif uses == 1 and sources[0] is like and base is None:
+        spare = "first"
+    function = _update_jit(plan, spare, sharding)
+    first, rest = sources[0], sources[1:]
+    return function(base, first, rest, item.leaf, item.state, item.carries)
+
+  def _seen_again(self, item):
+    """Counts what is not finite in contributors too, if they still exist."""
+    held = jax.tree.leaves((item.work.base, item.work.sources))
+    if any(isinstance(x, jax.Array) and x.is_deleted() for x in held):
+      return None
+    plan = dataclasses.replace(self._plans[item.name], checked="all")
+    return jax.device_get(self._call(plan, item, False)[1])
+
+  def check(self, again):
     bad = jax.device_get(self._bad)
     lines = []
     for name, counts in bad.items():
+      if not counts.any():
+        continue
+      if self._plans[name].checked == "result":
+        seen = self._seen_again(again(name))
+        counts = counts if seen is None else seen
       given, made = ((int(c[0]) << LIMB) + int(c[1]) for c in counts.T)
-      if given or made:
-        what = (
-          f"{given} entries of the contributors' changes"
-          if given
-          else f"{made} entries of the result (overflow, or the base's own)"
-        )
-        lines.append(f"  {name}: {what}")
+      what = (
+        f"{given} entries of the contributors"
+        if given
+        else f"{made} entries of the result (overflow, or the base's own)"
+      )
+      lines.append(f"  {name}: {what}")
     if lines:
       raise NonFiniteError(
         "NaN or Inf in\n" + "\n".join(lines) + "\nmend or leave out these "
@@ -222,32 +334,33 @@ def _devices(x: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=512)
-def _count_jit(stages: leafwise.Stages, index: int) -> Callable[..., Any]:
+def _count_jit(plan: leafwise.Plan, index: int) -> Callable[..., Any]:
   @jax.jit
   def count(leaf, base, sources, state, shared, total):
-    one = leafwise.count_whole(
-      stages, index, leaf, base, sources, state, shared
-    )
+    one = leafwise.count_whole(plan, index, leaf, base, sources, state, shared)
     return one if total is None else jax.tree.map(jnp.add, total, one)
 
   return count
 
 
 @functools.lru_cache(maxsize=512)
-def _finish_jit(stages: leafwise.Stages, index: int) -> Callable[..., Any]:
-  return jax.jit(functools.partial(leafwise.finish, stages, index))
+def _finish_jit(plan: leafwise.Plan, index: int) -> Callable[..., Any]:
+  return jax.jit(functools.partial(leafwise.finish, plan, index))
 
 
 @functools.lru_cache(maxsize=4096)
 def _update_jit(
-  stages: leafwise.Stages, as_params: bool, donate: bool, sharding: Any
+  plan: leafwise.Plan, spare: str | None, sharding: Any
 ) -> Callable[..., Any]:
-  def update(base, leaf, sources, state, shared):
-    return leafwise.update(
-      stages, as_params, True, leaf, base, sources, state, shared
-    )
+  def update(base, first, rest, leaf, state, shared):
+    return leafwise.update(plan, leaf, base, (first, *rest), state, shared)
 
-  options: dict[str, Any] = {"donate_argnums": (0,)} if donate else {}
+  # A buffer that is given away is kept as an argument even where nobody
+  # reads it: the result is written there, which spares fresh memory.
+  options: dict[str, Any] = {}
+  if spare is not None:
+    at = ("base", "first").index(spare)
+    options = {"donate_argnums": (at,), "keep_unused": True}
   if sharding is not None:
     options["out_shardings"] = (sharding, None)
   return jax.jit(update, **options)

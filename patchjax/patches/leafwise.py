@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,25 +26,88 @@ Stages = tuple[tuple[transform.Step, transform.Options], ...]
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is compiled for a leaf: all that is static.
+
+  Attributes:
+    stages: of the transform.
+    params: whether they run on parameters, or on task vectors.
+    dtype: of the result, which then is a leaf of parameters; None for the
+      tuple of deltas or codes after the last stage.
+    checked: where to count what is not finite: "all": in the contributors
+      and in the result; "result": there alone; None: nowhere.
+  """
+
+  stages: Stages
+  params: bool = False
+  dtype: Any = None
+  checked: Literal["all", "result"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Work:
   """One leaf to be worked on.
 
   Attributes:
-    base: the base's leaf; None where only a delta is known.
+    base: the base's leaf; None where only a delta is known, or where nobody
+      reads it.
     sources: one a contributor: its leaf, a `Delta` on the base, or None if
       it does not touch the leaf.
+    like: what the result is like, where there is no base: an array.
   """
 
   base: Any
   sources: tuple[Any, ...]
+  like: Any = None
+
+  @property
+  def template(self) -> Any:
+    """An array that has the result's shape, dtype and place, if there is."""
+    if self.base is not None or self.like is not None:
+      return self.like if self.base is None else self.base
+    source = next(s for s in self.sources if s is not None)
+    return getattr(source.code, "values", None)
 
   @property
   def shape(self) -> tuple[int, ...]:
     """Shape of the leaf."""
-    if self.base is not None:
-      return tuple(self.base.shape)
+    if self.base is not None or self.like is not None:
+      return tuple(self.template.shape)
     delta = next(s for s in self.sources if s is not None)
     return tuple(delta.code.shape)
+
+
+def vectors(
+  plan: Plan, base: Any, sources: tuple[Any, ...], shape: tuple[int, ...]
+) -> tuple[Array, ...]:
+  """Returns what the first stage sees of the contributors; traceable.
+
+  Args:
+    plan: task vectors or parameters.
+    base: the base's leaf, or None.
+    sources: as in `Work`.
+    shape: of the leaf.
+  """
+  if plan.params:
+    return tuple(_parameters(base, source) for source in sources)
+  return task_vectors(base, sources, shape)
+
+
+def _parameters(base: Any, source: Any) -> Array:
+  """Returns one contributor's parameters in one leaf, not rounded."""
+  if source is None:
+    return widened(base)
+  if not isinstance(source, Delta):
+    return widened(source)
+
+  def whole(base, delta):
+    if delta.law != "add":
+      return widened(laws.act(base, delta))
+    wide = widened(base)
+    dense = delta.code.dense(wide.dtype)
+    return wide + transform.rounded(jnp.broadcast_to(dense, wide.shape))
+
+  return on_leaf_mesh(whole, base, base, source)
 
 
 def task_vectors(
@@ -80,125 +143,157 @@ def _delta(base: Any, source: Any, shape: tuple[int, ...]) -> Array:
   return on_leaf_mesh(whole, base, base, source)
 
 
-def _widened(base: Any) -> Any:
-  """Returns the base's leaf in the dtype of its deltas."""
-  if base is None:
+def widened(leaf: Any) -> Any:
+  """Returns a leaf in the dtype that its deltas are computed in.
+
+  Args:
+    leaf: an array, or None.
+  """
+  if leaf is None:
     return None
-  return jnp.asarray(base).astype(laws.compute_dtype(base))
+  return jnp.asarray(leaf).astype(laws.compute_dtype(leaf))
 
 
-def count(
-  stages: Stages, index: int, leaf, base, sources, state, shared
-) -> Any:
+def _base_of_steps(plan: Plan, base: Any) -> Any:
+  """Returns what the steps get for a base: of parameters, only on request."""
+  if plan.params and not any(step.needs_base for step, _ in plan.stages):
+    return None
+  return widened(base)
+
+
+def count(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
   """Returns stage `index`'s count over one leaf, summed over its shards.
 
   Args:
-    stages: of the transform.
+    plan: what is computed.
     index: of the stage that counts.
     leaf: where the leaf is.
     base: the base's leaf, or None.
     sources: of the contributors, as in `Work`.
-    state: of each stage.
+    state: of each stage, resolved for the leaf.
     shared: carry of each stage: final before `index`, current at it.
   """
-  step, options = stages[index]
-  base, sources = lax.stop_gradient((base, sources))
-  deltas = task_vectors(base, sources, leaf.shape)
-  method = transform.Transform(({},) * len(stages), stages)
+  step, options = plan.stages[index]
+  if not step.once:
+    base, sources, state = lax.stop_gradient((base, sources, state))
+  wide = _base_of_steps(plan, base)
+  method = transform.Transform(({},) * len(plan.stages), plan.stages)
   deltas = transform.run_prefix(
-    method, index, leaf, deltas, _widened(base), state, shared
+    method,
+    index,
+    leaf,
+    vectors(plan, base, sources, leaf.shape),
+    wide,
+    state,
+    shared,
   )
+  seen = (deltas, wide) if step.needs_base else (deltas,)
 
-  def reduce(deltas, leaf, state, carry):
-    return step.reduce(leaf, deltas, state, carry, **dict(options))
+  def reduce(seen, leaf, state, carry):
+    return step.reduce(leaf, *seen, state, carry, **dict(options))
 
   return placement.sum_over_shards(
-    reduce, deltas, leaf, state[index], shared[index]
+    reduce, seen, leaf, state[index], shared[index]
   )
 
 
 def count_whole(
-  stages: Stages, index: int, leaf, base, sources, state, shared
+  plan: Plan, index: int, leaf, base, sources, state, shared
 ) -> Any:
   """Returns `count`, once earlier stages have counted over the leaf alone."""
-  shared = _leaf_passes(stages, index, leaf, base, sources, state, shared)
-  return count(stages, index, leaf, base, sources, state, shared)
+  shared = _leaf_passes(plan, index, leaf, base, sources, state, shared)
+  return count(plan, index, leaf, base, sources, state, shared)
 
 
-def finish(stages: Stages, index: int, total, carry) -> Any:
+def finish(plan: Plan, index: int, total, carry) -> Any:
   """Returns stage `index`'s next carry, and whether its passes are done."""
-  step, options = stages[index]
+  step, options = plan.stages[index]
   return step.finish(total, carry, **dict(options))
 
 
 def _leaf_passes(
-  stages: Stages, stop: int, leaf, base, sources, state, shared
+  plan: Plan, stop: int, leaf, base, sources, state, shared
 ) -> Any:
   """Runs the passes of those of the first stages that count in a leaf."""
-  base, sources, state = lax.stop_gradient((base, sources, state))
   shared = list(shared)
-  for index, (step, options) in enumerate(stages[:stop]):
+  for index, (step, options) in enumerate(plan.stages[:stop]):
     if transform.scope_of(step, options) != "leaf":
       continue
-    held = (base, sources, state)
+    if step.once:
+      total = count(plan, index, leaf, base, sources, state, shared)
+      shared[index], _ = finish(plan, index, total, shared[index])
+      continue
+    held = lax.stop_gradient((base, sources, state, tuple(shared)))
 
-    def body(carry, index=index, held=held, shared=tuple(shared)):
+    def body(carry, index=index, held=held):
       # Without the barrier the compiler computes the deltas once, before the
       # loop, and keeps them: memory of the leaf's size, and slower.
       held, carry = lax.optimization_barrier((held, carry))
-      base, sources, state = held
+      base, sources, state, shared = held
       now = (*shared[:index], carry[0], *shared[index + 1 :])
-      total = count(stages, index, leaf, base, sources, state, now)
-      return finish(stages, index, total, carry[0])
+      total = count(plan, index, leaf, base, sources, state, now)
+      return finish(plan, index, total, carry[0])
 
     shared[index], _ = lax.while_loop(
-      lambda carry: ~carry[1], body, (shared[index], jnp.asarray(False))
+      lambda carry: ~carry[1], body, (held[3][index], jnp.asarray(False))
     )
   return tuple(shared)
 
 
-def update(
-  stages: Stages,
-  as_params: bool,
-  checked: bool,
-  leaf,
-  base,
-  sources,
-  state,
-  shared,
-) -> Any:
+def update(plan: Plan, leaf, base, sources, state, shared) -> Any:
   """Returns one leaf's result, and how many of its numbers are not finite.
 
   Args:
-    stages: of the transform.
-    as_params: whether the result is the base's leaf, changed, or the tuple
-      of deltas or codes after the last stage.
-    checked: whether to count what is not finite.
+    plan: what is computed.
     leaf: where the leaf is.
     base: the base's leaf, or None.
     sources: of the contributors, as in `Work`.
-    state: of each stage.
+    state: of each stage, resolved for the leaf.
     shared: carry of each stage; for those that count over a leaf, of their
       first pass.
+
+  Returns:
+    the result, and counts of entries of the contributors and of the result.
   """
-  shared = _leaf_passes(stages, len(stages), leaf, base, sources, state, shared)
-  wide = _widened(base)
-  deltas = task_vectors(base, sources, leaf.shape)
+  stages = plan.stages
+  shared = _leaf_passes(plan, len(stages), leaf, base, sources, state, shared)
+  given = vectors(plan, base, sources, leaf.shape)
   method = transform.Transform(({},) * len(stages), stages)
   out = transform.run_prefix(
-    method, len(stages), leaf, deltas, wide, state, shared
+    method,
+    len(stages),
+    leaf,
+    given,
+    _base_of_steps(plan, base),
+    state,
+    shared,
   )
-  if as_params:
+  if plan.params or plan.dtype is not None:
     (total,) = out
     total = total if hasattr(total, "at") else total.dense()
-    total = transform.rounded(total.astype(wide.dtype))
-    out = (wide + total).astype(base.dtype)
+    out = _result(plan, base, total)
   bad = jnp.zeros((2, 2), jnp.int32)
-  if checked:
-    given = functools.reduce(jnp.logical_or, (~jnp.isfinite(d) for d in deltas))
-    made = ~jnp.isfinite(out) if as_params else given
-    bad = placement.sum_over_shards(_count_bad, (given, made), leaf)
+  if plan.checked is not None:
+    masks = (~jnp.isfinite(out),) if plan.dtype is not None else ()
+    if plan.checked == "all" or not masks:
+      unfit = functools.reduce(
+        jnp.logical_or, (~jnp.isfinite(x) for x in given)
+      )
+      masks = (unfit, *(masks or (unfit,)))
+    counts = placement.sum_over_shards(_count_bad, masks, leaf)
+    bad = bad.at[:, 2 - len(masks) :].set(counts)
   return out, bad
+
+
+def _result(plan: Plan, base: Any, total: Array) -> Any:
+  """Returns the merged leaf or, of parameters, the tuple of its delta."""
+  if plan.dtype is None:
+    return (total - widened(base).astype(total.dtype),)
+  if plan.params:
+    return total.astype(plan.dtype)
+  wide = widened(base)
+  total = transform.rounded(total.astype(wide.dtype))
+  return (wide + total).astype(plan.dtype)
 
 
 def _count_bad(masks, leaf):
@@ -210,15 +305,25 @@ def _whole(base, delta, shape):
   return _delta(base, delta, shape)
 
 
-def held_dense(base: Any, delta: Delta) -> Delta:
-  """Returns a delta as a dense sum, so that passes need not decode it again.
+_act = jax.jit(laws.act)
+
+
+def held_dense(base: Any, delta: Delta, *, params: bool = False) -> Any:
+  """Returns a delta so that passes need not decode it again.
 
   Args:
     base: the base's leaf, or None.
     delta: a delta of any law and code.
+    params: whether parameters are wanted.
+
+  Returns:
+    a dense sum; where parameters are wanted and the delta is no sum, the
+    changed leaf.
   """
   if delta.law == "add" and isinstance(delta.code, Dense):
     return delta
+  if params and delta.law != "add":
+    return _act(base, delta)
   shape = tuple(delta.code.shape if base is None else base.shape)
   if delta.law == "add" and isinstance(delta.code, Sparse):
     # On the host: a compiled scatter for each number of entries would take

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from patchjax.patches import perleaf
 from patchjax.patches.counting import LIMB, carried, limbs
 from patchjax.trees.errors import SelectionError
 
@@ -39,6 +40,7 @@ def entries_of(density: Any, size: int, *, more: int = 0) -> Array:
     >>> entries_of(0.5, 10).tolist(), entries_of(jnp.float32(0.7), 10).tolist()
     ([0, 5], [0, 7])
   """
+  perleaf.refuse(density)
   if isinstance(density, int | float):
     check_density(density)
     return limbs(min(int(density * size) + more, size))

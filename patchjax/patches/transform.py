@@ -13,22 +13,29 @@ a user's jit, on a mesh, or over files that do not fit in memory. A step that
 needs the whole tree (a global threshold) also counts: its `reduce` looks at a
 leaf and returns a small array, the runner adds these up over leaves and
 shards, `finish` turns the total into what the next pass or `update` needs.
+
+A chain runs in one space. In the space of deltas its arrays are task vectors
+`f32(x_i) - f32(base)`, and the base is added to the result; in the space of
+parameters they are `f32(x_i)` themselves, the result is the merged leaf, and
+the base is read only by steps that ask for it. Means commute with adding the
+base: they say "either", and a merge then spares itself the base.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from patchjax.patches import placement
+from patchjax.patches import perleaf, placement
 from patchjax.trees.errors import FormatError, SelectionError
 
 Array = Any
 Options = tuple[tuple[str, Hashable], ...]
+Space = Literal["deltas", "params", "either"]
 
 
 def _absent(*args: Any, **options: Any) -> Any:
@@ -42,14 +49,17 @@ class Step:
 
   Every function gets the step's options as keyword arguments. `leaf` is a
   `placement.Leaf`; `deltas` is a tuple of k float arrays of its shape, never
-  stacked; `state` is the step's numbers (a dict) or what `init` made of them.
+  stacked: task vectors, or in the space of parameters the contributors'
+  leaves; `state` is the step's numbers (a dict) or what `init` made of them,
+  with every `PerLeaf` replaced by its number for this leaf.
 
   Attributes:
     name: what the step is called in specs.
     update: `(leaf, deltas, base, state, shared, **options)`, the new tuple of
       k deltas or, for a reducing step, one array. A last step may return
-      codes. `base` is the base's leaf in the dtype of the deltas, or None;
-      `shared` is the last carry, or None for a step that does not count.
+      codes. `base` is the base's leaf in the dtype of the deltas, or None
+      (in the space of parameters, unless `needs_base`); `shared` is the last
+      carry, or None for a step that does not count.
     init: `(numbers, shapes, **options) -> state`, if the state is more than
       the numbers (a key, statistics); `shapes` is `{name: ShapeDtypeStruct}`.
     start: `(state, shapes, k, **options) -> carry` of the first pass;
@@ -61,6 +71,21 @@ class Step:
     reducing: whether `update` turns the k deltas into one.
     scope: `(**options) -> "tree" | "leaf" | "none"`: what `reduce` is summed
       over, or that these options need no count; by default the tree.
+    space: `(**options) -> "deltas" | "params" | "either"`: what the arrays
+      are; by default deltas. "either" is for steps that commute with adding
+      the base, as means do.
+    needs_base: whether the step cannot do without the base. `reduce` is
+      then `(leaf, deltas, base, state, carry, **options)`.
+    once: whether the first pass is always the last. It is then run without a
+      loop, and derivatives go through it; through other counts they do not.
+    carries_nonfinite: whether NaN or Inf in an entry of any of the arrays is
+      always seen in that entry of the result, so that a check of the result
+      is enough: sums do, selections do not.
+    keys: of a step that searches for cuts (`selection.cuts`): the integer
+      keys of a leaf.
+    ranks: and the ranks of the cuts.
+    key_bits: and how many bits the keys have.
+    exact: and, `(**options) -> bool`, whether ties are broken by position.
   """
 
   name: str
@@ -71,6 +96,14 @@ class Step:
   finish: Callable[..., Any] = _absent
   reducing: bool = False
   scope: Callable[..., str] | None = None
+  space: Callable[..., str] | None = None
+  needs_base: bool = False
+  once: bool = False
+  carries_nonfinite: bool = False
+  keys: Callable[..., Any] | None = None
+  ranks: Callable[..., Any] | None = None
+  key_bits: int = 32
+  exact: Callable[..., bool] | None = None
 
   def __post_init__(self):
     together = (self.start, self.reduce, self.finish)
@@ -158,6 +191,24 @@ class Transform:
     """Whether k deltas become one."""
     return any(step.reducing for step, _ in self.stages)
 
+  @property
+  def space(self) -> Space:
+    """What the arrays of the steps are: "deltas", "params", or "either".
+
+    Example:
+      >>> import patchjax as pj
+      >>> pj.merging.linear().space, pj.merging.ties().space
+      ('either', 'deltas')
+    """
+    spaces = {space_of(step, options) for step, options in self.stages}
+    order: tuple[Space, ...] = ("deltas", "params", "either")
+    return next(space for space in order if space in spaces)
+
+  @property
+  def needs_base(self) -> bool:
+    """Whether some step reads the base's leaf."""
+    return any(step.needs_base for step, _ in self.stages)
+
   def init(self, params: Any) -> tuple[Any, ...]:
     """Returns the state of each stage: its numbers, as float32 arrays.
 
@@ -201,7 +252,8 @@ def chain(*transforms: Transform) -> Transform:
     *transforms: transforms, themselves chains or not.
 
   Raises:
-    ValueError: if more than one step reduces k deltas to one.
+    ValueError: if more than one step reduces k deltas to one, or if some work
+      on task vectors and others on parameters.
 
   Example:
     >>> import patchjax as pj
@@ -217,6 +269,15 @@ def chain(*transforms: Transform) -> Transform:
     raise ValueError(
       "chain: at most one reducing step is allowed, got "
       f"{len(reducing)}: {', '.join(reducing)}"
+    )
+  spaces: dict[str, list[str]] = {}
+  for step, options in stages:
+    spaces.setdefault(space_of(step, options), []).append(step.name)
+  if "deltas" in spaces and "params" in spaces:
+    raise ValueError(
+      "chain: the steps must work in one space, got "
+      f"{', '.join(spaces['deltas'])} on task vectors and "
+      f"{', '.join(spaces['params'])} on parameters"
     )
   numbers = tuple(numbers for t in transforms for numbers in t.numbers)
   return Transform(numbers, stages)
@@ -282,6 +343,11 @@ def initial_state(method: Transform, shapes: Mapping[str, Any]) -> tuple:
   )
 
 
+def space_of(step: Step, options: Options) -> Any:
+  """Returns what a step works on: "deltas", "params", or "either"."""
+  return step.space(**dict(options)) if step.space else "deltas"
+
+
 def scope_of(step: Step, options: Options) -> str:
   """Returns what a step counts over: "tree", "leaf", or "none"."""
   if step.reduce is _absent:
@@ -297,8 +363,10 @@ def per_contributor(value: Any, k: int) -> tuple[Array, ...]:
     k: how many contributors there are.
 
   Raises:
-    SelectionError: if there are neither one nor k numbers.
+    SelectionError: if there are neither one nor k numbers, or if they differ
+      by leaf and the count is over the tree.
   """
+  perleaf.refuse(value)
   shape = jnp.shape(value)
   if shape == ():
     return (value,) * k
@@ -345,7 +413,7 @@ def run_prefix(
     leaf: where the leaf is.
     deltas: the k deltas before the first stage.
     base: the base's leaf, or None.
-    state: of each stage.
+    state: of each stage, resolved for this leaf.
     shared: last carry of each counting stage among the first `count`.
 
   Returns:
