@@ -23,7 +23,7 @@ from patchjax.history.arrays import chains
 from patchjax.history.arrays import index as indices
 from patchjax.history.arrays.index import INDEX, Location
 from patchjax.trees import dtypes
-from patchjax.trees.errors import ConflictError
+from patchjax.trees.errors import ConflictError, IntegrityError
 
 if TYPE_CHECKING:
   from patchjax.history.remotes.reach import Reached
@@ -271,7 +271,11 @@ def _read(
     held = {part: fetch(part) for part in ENCODINGS[place.encoding].parts}
     entry = plan.entries[place.digest]
     base = None if place.base is None else words[place.base]
-    found = storing.decode(entry, place, held, base, target.objects.read)
+    try:
+      found = storing.decode(entry, place, held, base, target.objects.read)
+    except IntegrityError as error:
+      where = f"{source.files.path(place.pack)}, array {place.key!r}"
+      raise IntegrityError(f"{where}: {error} there") from error
     found.flags.writeable = False  # several leaves may need it
     words[place.digest] = found
     if object_of(place.encoding, place.key) is None:
