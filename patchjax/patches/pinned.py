@@ -10,7 +10,7 @@ end. Leaves are host arrays, so 64-bit leaves are exact whatever JAX's settings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,11 @@ def apply_host(leaf: Any, delta: Delta, *, undo: bool = False) -> Any:
   # entry the operations are the same.
   changed = np.empty(leaf.shape, leaf.dtype)
   rows = max(1, _PIECE * leaf.shape[0] // leaf.size)
+  if isinstance(delta.code, LowRank):
+    with np.errstate(all="ignore"):
+      for part, held in _products(delta.code, wide, rows):
+        changed[part] = function(leaf[part].astype(wide, copy=False), held)
+    return changed
   for start in range(0, leaf.shape[0], rows):
     piece = tiles.region_of((slice(start, start + rows),), leaf.shape[:1])
     piece += tiles.whole(leaf.shape)[1:]
@@ -135,27 +140,52 @@ def numbers(code: Any, dtype: Any = None) -> np.ndarray:
 
 def _product(code: LowRank, dtype: Any) -> np.ndarray:
   """`scale * a @ b` as rank-ordered sums of outer products."""
+  [(_, total)] = _products(code, dtype, max(code.shape[0], 1))
+  return total
+
+
+def _products(
+  code: LowRank, dtype: Any, rows: int
+) -> Iterator[tuple[slice, np.ndarray]]:
+  """Yields `scale * a @ b`, some rows at a time, in memory that is used again.
+
+  Args:
+    code: the factors.
+    dtype: dtype of the result; by default that of the factors.
+    rows: how many.
+  """
   dtype = np.dtype(dtype or np.asarray(code.a).dtype)
   wide = dtypes.widened(dtype)
-  a, b = (np.asarray(x).astype(wide) for x in (code.a, code.b))
+  # The rank first, then the axes of the leaf: of one entry where they are the
+  # other factor's.
+  a = np.moveaxis(np.asarray(code.a).astype(wide), -1, 0)
+  b = np.moveaxis(np.asarray(code.b).astype(wide), code.batch, 0)
   inputs = a.ndim - code.batch - 1
   outputs = b.ndim - code.batch - 1
-  total, outer = np.zeros(code.shape, wide), np.empty(code.shape, wide)
-  with np.errstate():  # restores the size of buffers, too
-    # Numpy would copy rows that are shorter than its buffers, at four times
-    # the price of the multiplication.
-    np.setbufsize(16)
-    for r in range(code.rank):
-      left = a[..., r].reshape(a.shape[:-1] + (1,) * outputs)
-      right = np.take(b, r, axis=code.batch)
-      right = right.reshape(
-        right.shape[: code.batch] + (1,) * inputs + right.shape[code.batch :]
-      )
-      # Two statements: one expression could become a fused multiply-add.
-      np.multiply(left, right, out=outer)
-      np.add(total, outer, out=total)
-  np.multiply(total, np.asarray(code.scale).astype(wide), out=total)
-  return total.astype(dtype, copy=False)
+  a = np.ascontiguousarray(a).reshape(a.shape + (1,) * outputs)
+  batch = b.shape[: code.batch + 1]
+  b = b.reshape(batch + (1,) * inputs + b.shape[code.batch + 1 :])
+  scale = np.asarray(code.scale).astype(wide)
+  length = code.shape[0]
+  total = np.empty((min(rows, length), *code.shape[1:]), wide)
+  outer = np.empty_like(total)
+  for start in range(0, length, rows) or [0]:
+    part = slice(start, min(start + rows, length))
+    size = part.stop - start
+    sums, terms = total[:size], outer[:size]
+    with np.errstate():  # restores the size of buffers, too
+      # Numpy would copy rows that are shorter than its buffers, at four times
+      # the price of the multiplication.
+      np.setbufsize(16)
+      if not code.rank:
+        sums.fill(0)
+      for r in range(code.rank):
+        left, right = (x[r] if len(x[r]) == 1 else x[r][part] for x in (a, b))
+        # Two statements: one expression could become a fused multiply-add.
+        np.multiply(left, right, out=terms)
+        np.add(sums if r else wide.type(0), terms, out=sums)
+      np.multiply(sums, scale, out=sums)
+    yield part, sums.astype(dtype, copy=False)
 
 
 def apply_named(named: Mapping[str, Any], patch: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Encodings: lossless for every dtype, shape, region and kind of change."""
 
 import hashlib
-import zlib
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -9,6 +8,7 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+import zstandard
 
 import patchjax as pj
 from patchjax.history.arrays import encodings
@@ -233,7 +233,15 @@ def bytes_of(section, count):
   form, data = section
   if form == 0:
     return data
-  return zlib.decompress(data, -15) if data else bytes(count)
+  if not data:
+    return bytes(count)
+  if form == 3:
+    packed = bytes_of((1, data), -(-count // 4))
+    return bytes(packed[i // 4] >> 2 * (i % 4) & 3 for i in range(count))
+  decoder = zstandard.ZstdDecompressor(
+    format=zstandard.FORMAT_ZSTD1_MAGICLESS, max_window_size=1 << 20
+  )
+  return decoder.decompress(data, max_output_size=count)
 
 
 def test_a_sparse_stream_says_what_changed():
@@ -273,11 +281,11 @@ def test_a_sparse_stream_says_what_changed():
       assert value == (a if flag else code_of(a, b, 32))
 
 
-def test_bit_planes_hold_the_bits_of_the_codes():
+def test_bits_hold_the_digits_of_the_codes():
   rng = np.random.default_rng(0)
-  base = random_words("bfloat16", (300, 7), rng)
+  base = random_words("bfloat16", (301, 7), rng)
   new = changed(base, "near", rng)
-  new[5, 5] ^= 0x4000  # one rare bit: held by its position
+  new[5, 5] ^= 0x4000  # one rare digit: held by its position
   [stream] = (
     encodings.ENCODINGS["bits"]
     .encode(new, base, entry_of("bfloat16", base.shape))
@@ -289,15 +297,33 @@ def test_bit_planes_hold_the_bits_of_the_codes():
     for a, b in zip(new.reshape(-1), base.reshape(-1))
   ]
   assert {form for form, data in row if data} >= {1, 2}
+  assert len(row) == 8
   for k, section in enumerate(row):
-    expected = [code >> k & 1 for code in codes]
+    expected = [code >> 2 * k & 3 for code in codes]
     if section[0] == 2:
-      count, *lengths = np.frombuffer(section[1][:20], "<u4").tolist()
-      assert count == sum(expected)
-      continue  # gaps are those of the test above
-    packed = bytes_of(section, -(-len(codes) // 8))
-    found = [packed[i // 8] >> 7 - i % 8 & 1 for i in range(len(codes))]
+      assert rare_digits(section[1], len(codes)) == expected
+      continue
+    packed = bytes_of(section, -(-len(codes) // 4))
+    found = [packed[i // 4] >> 2 * (i % 4) & 3 for i in range(len(codes))]
     assert found == expected
+
+
+def rare_digits(data, size):
+  count, *lengths = np.frombuffer(data[:24], "<u4").tolist()
+  at, planes = 24, []
+  for spelled in lengths:
+    length = spelled & (1 << 30) - 1
+    planes.append((spelled >> 30, data[at : at + length]))
+    at += length
+  assert at == len(data)
+  *gaps, values = planes
+  gaps = [bytes_of(section, count) for section in gaps]
+  values = bytes_of(values, count)
+  digits, position = [0] * size, -1
+  for i in range(count):
+    position += 1 + sum(gaps[k][i] << 8 * k for k in range(4))
+    digits[position] = values[i] + 1
+  return digits
 
 
 # Damage.
@@ -545,11 +571,34 @@ def test_factors_are_read_from_the_patch_file(tmp_path):
   assert found != "factors"
 
 
-def test_bits_of_any_share_are_coded(subtests=None):
+def test_digits_of_any_share_are_coded():
   rng = np.random.default_rng(0)
   for share in (0, 1e-4, 0.01, 0.05, 0.3, 0.5, 1):
-    octets = (rng.random(10_001) < share).astype(np.uint8) << 3
-    section = coding.code_bits(octets, 3)
-    found = np.zeros_like(octets)
-    coding.set_bits(found, 3, section)
-    assert np.array_equal(found, octets)
+    for size in (10_000, 10_001, 3, 0):
+      chosen = rng.random(size) < share
+      octets = (chosen * rng.integers(1, 4, size)).astype(np.uint8) << 4
+      section = coding.code_digits(octets, 2)
+      found = np.zeros(-(-size // 4) * 4, np.uint8)
+      coding.add_digits(found, 2, section)
+      assert np.array_equal(found[:size], octets)
+      assert not found[size:].any()
+
+
+def test_bytes_of_any_kind_are_coded():
+  rng = np.random.default_rng(0)
+  for largest in (0, 1, 3, 4, 255):
+    for size in (10_001, 64, 63, 1, 0):
+      octets = rng.integers(0, largest + 1, size).astype(np.uint8)
+      found = coding.decode_bytes(coding.code_bytes(octets), size)
+      assert np.array_equal(found, octets)
+
+
+def test_a_section_that_claims_a_size_of_its_own_is_refused():
+  # zstd would allocate what a damaged frame asks for.
+  data = zstandard.ZstdCompressor(
+    compression_params=zstandard.ZstdCompressionParameters(
+      format=zstandard.FORMAT_ZSTD1_MAGICLESS, write_content_size=True
+    )
+  ).compress(bytes(1000))
+  with pytest.raises(ValueError, match="its own size"):
+    coding.decode_bytes((1, data), 1000)

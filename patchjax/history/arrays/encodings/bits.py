@@ -1,8 +1,9 @@
-"""`bits`: the difference to another leaf, in coded bit planes.
+"""`bits`: the difference to another leaf, by pairs of bits.
 
 For words of one or two bytes. A fine-tune moves a bfloat16 by few steps, so
-that of a code's sixteen bits three or four are ever set: held bit by bit they
-take a fraction of the byte that a byte-wise coder needs at the least.
+that of a code's sixteen bits three or four are ever set: held as digits of two
+bits, four to a byte, they take a fraction of the byte that a byte-wise coder
+needs at the least. A table turns a byte into four digits.
 """
 
 from __future__ import annotations
@@ -22,25 +23,30 @@ from patchjax.history.arrays.encodings.common import (
   needed,
   of_words,
 )
-from patchjax.history.arrays.encodings.zigzag import zigzag
+from patchjax.history.arrays.encodings.zigzag import unzigzag, zigzag
 from patchjax.trees import tiles
 from patchjax.trees.digest import Entry
 from patchjax.trees.tiles import Region
 
+_DIGITS = 4  # to base four, of a byte
+
 
 def code_tile(words: np.ndarray, base: np.ndarray) -> list[coding.Section]:
-  """Returns the bit planes of a tile's differences, the lowest first.
+  """Returns the digits of a tile's differences, the lowest first.
 
   Args:
     words: unsigned integers [n].
     base: those of the base.
   """
-  codes = zigzag(words, base).view(np.uint8).reshape(-1, words.itemsize)
+  codes = zigzag(words, base)
+  largest = int(codes.max(initial=0))
   sections = []
-  for octets in np.ascontiguousarray(codes.T):
-    length = int(octets.max(initial=0)).bit_length()
-    sections += [coding.code_bits(octets, k) for k in range(length)]
-    sections += [coding.EMPTY] * (8 - length)
+  for k in range(words.itemsize):
+    octets = (codes >> codes.dtype.type(8 * k) if k else codes).astype(np.uint8)
+    length = (largest >> 8 * k).bit_length()
+    count = min(-(-length // 2), _DIGITS)
+    sections += [coding.code_digits(octets, i) for i in range(count)]
+    sections += [coding.EMPTY] * (_DIGITS - count)
   return sections
 
 
@@ -48,23 +54,23 @@ def _decode_tile(
   sections: list[coding.Section], word: np.dtype, size: int
 ) -> np.ndarray:
   """Returns the differences of a tile."""
-  if len(sections) != 8 * word.itemsize:
-    raise ValueError(f"{len(sections)} bit planes for words of {word.name}")
+  if len(sections) != _DIGITS * word.itemsize:
+    raise ValueError(f"{len(sections)} digits for words of {word.name}")
   length = max((k + 1 for k, (_, d) in enumerate(sections) if d), default=0)
-  # Small differences stay bytes as long as they can. Bit 0 is the sign: the
-  # others, shifted by one, are flipped where it is set.
-  count = 1 if length <= 8 else word.itemsize
-  octets = np.zeros((count, size), np.uint8)
-  for k in range(1, length):
-    coding.set_bits(octets[(k - 1) // 8], (k - 1) % 8, sections[k])
-  signs = np.zeros(size, np.uint8)
-  coding.set_bits(signs, 0, sections[0])
-  np.negative(signs, out=signs)
-  octets ^= signs
-  if count == 1:
-    signed = octets[0].view(np.int8)
-    return signed.astype(f"int{8 * word.itemsize}", copy=False).view(word)
-  return coding.join_planes(octets, word)
+  # Small differences stay bytes as long as they can.
+  count = 1 if length <= _DIGITS else word.itemsize
+  octets = np.zeros((count, _padded(size)), np.uint8)
+  for k in range(length):
+    coding.add_digits(octets[k // _DIGITS], k % _DIGITS, sections[k])
+  if count > 1:
+    codes = coding.join_planes(octets[:, :size], word)
+    return unzigzag(codes)
+  signed = unzigzag(octets[0, :size]).view(np.int8)
+  return signed.astype(f"int{8 * word.itemsize}", copy=False).view(word)
+
+
+def _padded(size: int) -> int:
+  return -(-size // 4) * 4
 
 
 def _encode(

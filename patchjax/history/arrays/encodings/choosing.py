@@ -27,8 +27,9 @@ SMALLEST = 4096
 _GAIN = 0.9  # a difference costs reading its base: it must save a tenth
 
 # Shares of changed words: below the first the others are not even measured,
-# above the second sparse is not.
-_FEW, _MANY = 1 / 16, 1 / 6
+# above the second sparse is not (above the third in small words: what it saves
+# is not worth decoding it).
+_FEW, _MANY, _MANY_SMALL = 1 / 16, 1 / 6, 1 / 8
 
 _BLOCK = 1 << 16  # words compared at a time
 
@@ -107,11 +108,12 @@ def measure(
   if not elementwise:
     count = _changes(words, base)
     changed = count / max(words.size, 1)
-    if changed < _MANY:
+    small = words.itemsize <= 2
+    if changed < (_MANY_SMALL if small else _MANY):
       sizes[SPARSE.name] = _sparse(words, base, new, old, count)
     if changed < _FEW:
       return sizes
-    if words.itemsize <= 2:
+    if small:
       sizes[BITS.name] = scale * _bytes(code_tile(new, old))
   sizes[PLANES.name] = scale * compressed(to_planes(new, old))
   return sizes
