@@ -4,7 +4,6 @@ Checked against: mergekit 0.1.5 (outputs in tests/golden), mlfoundations'
 model-soups `main.py`. Written from the formulas.
 """
 
-
 from tests.reference import merging_common as common
 
 
@@ -65,8 +64,8 @@ def greedy_soup(base, models, *, score, masks=None, flavour="paper"):
 def wise_ft(base, models, *, alpha=0.5, masks=None, flavour="paper"):
   """(1 - alpha) base + alpha x, one contributor.
 
-  Wortsman et al. 2021, https://arxiv.org/abs/2109.01903, equation 1; the
-  paper recommends alpha = 0.5.
+  Wortsman et al. 2021, https://arxiv.org/abs/2109.01903; alpha = 0.5 is
+  the paper's recommendation.
   """
   del masks
   common.check(flavour)
@@ -79,7 +78,7 @@ def ema(base, models, *, decay=0.9, masks=None, flavour="paper"):
   """Exponential moving average over checkpoints, the oldest first.
 
   a_0 = x_0, a_i = decay a_(i-1) + (1 - decay) x_i (Polyak-style averaging as
-  in Tarvainen and Valpola 2017, https://arxiv.org/abs/1703.01780, equation 2).
+  in Tarvainen and Valpola 2017, https://arxiv.org/abs/1703.01780).
   """
   del base, masks
   common.check(flavour)

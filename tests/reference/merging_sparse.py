@@ -136,8 +136,8 @@ def dare_linear(
 ):
   """Task arithmetic of task vectors of which a share stays, at random.
 
-  Yu et al. 2024, https://arxiv.org/abs/2311.03099, equation 1-3 (drop with
-  p = 1 - density, divide by 1 - p).
+  Yu et al. 2024, https://arxiv.org/abs/2311.03099: drop with
+  p = 1 - density, divide by 1 - p.
   """
   common.check(flavour)
   deltas = _dropped(base, models, density, masks, rescale, flavour)
