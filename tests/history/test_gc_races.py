@@ -12,6 +12,7 @@ import pytest
 
 from patchjax.history import Repo
 from patchjax.history.arrays import basing, index
+from patchjax.history.upkeep import bins
 from tests.history.accidents import files_below
 
 WEEKS = 7 * 86400.0
@@ -114,3 +115,93 @@ def test_a_base_that_is_gone_already_is_none(raced, monkeypatch):
   opened = Repo(repo.path)
   np.testing.assert_array_equal(opened.checkout()["x"], new["x"])
   assert opened.fsck().ok, str(opened.fsck())
+
+
+_PUSH = """
+import sys
+from patchjax.history import Repo
+Repo(sys.argv[1]).push(sys.argv[2])
+"""
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+  """A repository, and the leftover of a push from it, three weeks old."""
+  x = np.random.default_rng(0).standard_normal((200, 300)).astype(np.float32)
+  repo = Repo.init(tmp_path / "repo")
+  repo.commit({"x": x}, message="start")
+  there = Repo.init(tmp_path / "there")
+  [pack] = repo.index.packs()
+  shutil.copytree(repo.files.path(pack), there.files.path(pack))
+  os.unlink(there.files.path(f"{pack}/{index.INDEX}"))
+  age(there)
+  for folder, _, _ in os.walk(there.path):
+    os.utime(folder, (0, 0))
+  return repo, there, there.files.path(pack)
+
+
+def push(repo, there):
+  command = [sys.executable, "-c", _PUSH, repo.path, there.path]
+  subprocess.run(command, check=True)
+
+
+def test_a_leftover_that_somebody_goes_on_with_stays(interrupted, monkeypatch):
+  """A push is resumed when gc has looked, and goes on to delete."""
+  repo, there, _ = interrupted
+  real, times = bins.LocalBin.stale, []
+
+  def racing(bin_, key):
+    found = real(bin_, key)
+    if key.startswith("payloads/"):
+      push(repo, there)
+      times.append(found)
+    return found
+
+  monkeypatch.setattr(bins.LocalBin, "stale", racing)
+  assert there.gc().removed == ()
+  assert times == [True]
+  opened = Repo(there.path)
+  assert np.array_equal(opened.checkout()["x"], repo.checkout()["x"])
+  assert opened.fsck().ok and not opened.fsck().leftovers
+
+
+def test_a_push_may_come_while_a_leftover_is_away(interrupted, monkeypatch):
+  """The payload is made anew beside what gc has renamed."""
+  repo, there, path = interrupted
+  real, calls = bins.newest, []
+
+  def racing(at, **options):
+    if bins._REMOVED in at and not calls:
+      push(repo, there)
+      calls.append(at)
+      # As if the push had freshened it just before it was renamed.
+      os.utime(at)
+    return real(at, **options)
+
+  monkeypatch.setattr(bins, "newest", racing)
+  there.gc()
+  assert calls
+  opened = Repo(there.path)
+  assert np.array_equal(opened.checkout()["x"], repo.checkout()["x"])
+  assert opened.fsck().ok and not opened.fsck().leftovers
+
+
+def test_what_a_killed_gc_had_in_hand_is_given_back(interrupted):
+  repo, there, path = interrupted
+  folder, name = os.path.split(path)
+  away = os.path.join(folder, f"{bins._REMOVED}{'0' * 32}-{name}")
+  os.rename(path, away)
+  for file in files_below(away):
+    os.utime(file)
+  there.gc()
+  assert files_below(path) and not os.path.exists(away)
+  push(repo, there)
+  opened = Repo(there.path)
+  assert np.array_equal(opened.checkout()["x"], repo.checkout()["x"])
+  assert opened.fsck().ok
+
+
+def test_a_leftover_nobody_goes_on_with_goes(interrupted):
+  _, there, path = interrupted
+  assert [item.kind for item in there.gc().removed] == ["leftover"]
+  assert not os.path.exists(path)

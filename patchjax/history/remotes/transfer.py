@@ -142,6 +142,12 @@ class Transfer:
     self._copy(blobs, verified=True)
     for group in _groups(sizes):
       self._copy([key for name in group for key in sizes[name]], sizes=sizes)
+      if self.target.files.local:
+        # A `gc` may have taken what an older copy had left: looked at again,
+        # and fresh from now on.
+        lacking = {name: self._sizes(name, there) for name in group}
+        again = [key for files in lacking.values() for key in files]
+        self._copy(again, sizes=lacking)
       self._indices(group)
     self.counts.packs += len(names)
 

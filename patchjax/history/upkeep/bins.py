@@ -79,6 +79,17 @@ class Bin(abc.ABC):
     """
 
   @abc.abstractmethod
+  def discard(self, key: str) -> bool:
+    """Removes a leftover, unless somebody is at work on it again.
+
+    Args:
+      key: key of the file or folder.
+
+    Returns:
+      Whether it is gone.
+    """
+
+  @abc.abstractmethod
   def delete(self, key: str) -> None:
     """Removes anything else, whoever uses it.
 
@@ -123,22 +134,66 @@ class LocalBin(Bin):
       whole = not os.path.isdir(path) or os.path.exists(f"{path}/{INDEX}")
       if whole and not os.path.exists(real):
         os.rename(path, real)
+      elif os.path.isdir(path) and newest(path, folders=False) >= self.cutoff:
+        _put_back(path, real)  # somebody was at work on it
       else:
         delete(path)
 
   def remove(self, key: str, *, always: bool = False) -> bool:
     path = self.files.path(key)
-    folder, name = os.path.split(path)
-    away = os.path.join(folder, f"{_REMOVED}{uuid.uuid4().hex}-{name}")
-    try:
-      os.rename(path, away)
-    except FileNotFoundError:
-      return True  # somebody moved it out of the repository
+    away = _take_away(path)
+    if away is None:
+      return True
     if not always and touched(away) >= self.cutoff:
-      os.rename(away, path)
+      _put_back(away, path)
       return False
     delete(away)
     return True
+
+  def discard(self, key: str) -> bool:
+    path = self.files.path(key)
+    if key.endswith(LOCK):
+      # One that came back could take the place of a new one, so that two
+      # would hold it; TensorStore copes with one that vanishes.
+      delete(path)
+      return True
+    away = _take_away(path)
+    if away is None:
+      return True
+    if newest(away) >= self.cutoff:
+      _put_back(away, path)
+      return False
+    delete(away)
+    return True
+
+
+def _take_away(path: str) -> str | None:
+  """Renames what is to go; returns where it is now, None if it was gone."""
+  folder, name = os.path.split(path)
+  away = os.path.join(folder, f"{_REMOVED}{uuid.uuid4().hex}-{name}")
+  try:
+    os.rename(path, away)
+  except FileNotFoundError:
+    return None  # its writer came to an end, or somebody moved it elsewhere
+  return away
+
+
+def _put_back(away: str, path: str) -> None:
+  """Gives back what is in use, beside what was written meanwhile."""
+  try:
+    os.rename(away, path)
+    return
+  except OSError:
+    if not os.path.isdir(away):
+      raise
+  # Whoever is at work has made the folder anew.
+  for folder, _, names in os.walk(away):
+    place = os.path.normpath(os.path.join(path, os.path.relpath(folder, away)))
+    os.makedirs(place, exist_ok=True)
+    for name in names:
+      if not os.path.exists(os.path.join(place, name)):
+        os.rename(os.path.join(folder, name), os.path.join(place, name))
+  delete(away)
 
 
 class StoreBin(Bin):
@@ -185,6 +240,9 @@ class StoreBin(Bin):
     del always
     self.delete(key)
     return True
+
+  def discard(self, key: str) -> bool:
+    return self.remove(key)
 
   def delete(self, key: str) -> None:
     if key.startswith("payloads/"):
@@ -240,17 +298,22 @@ def touched(path: str) -> float:
     return newest(path)
 
 
-def newest(path: str) -> float:
+def newest(path: str, *, folders: bool = True) -> float:
   """Returns when anything at or below a path was written last.
 
   Args:
     path: a file or folder; 0 if it does not exist.
+    folders: whether the times of folders count, which what is removed from
+      them changes too.
   """
   time = 0.0
   for place, _, names in os.walk(path):
-    for inside in (place, *(os.path.join(place, name) for name in names)):
+    found = [os.path.join(place, name) for name in names]
+    for inside in (place, *found) if folders else found:
       with contextlib.suppress(FileNotFoundError):
         time = max(time, os.stat(inside).st_mtime)
+  if not folders:
+    return time
   with contextlib.suppress(FileNotFoundError):
     time = max(time, os.stat(path).st_mtime)
   return time

@@ -255,7 +255,10 @@ class Collection:
     """Removes something, or says so; returns whether it is gone."""
     item = Removed(self.kinds[key], key, self.bin.size(key))
     if not self.dry_run:
-      if item.kind in ("reflog", "leftover") or key.startswith(NOTES):
+      if item.kind == "leftover":
+        if not self.bin.discard(key):
+          return False  # somebody went on with it
+      elif item.kind == "reflog" or key.startswith(NOTES):
         self.bin.delete(key)
       elif not self.bin.remove(key, always=key in self.copies):
         return False  # in use again
