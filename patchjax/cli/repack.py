@@ -13,7 +13,7 @@ from patchjax.cli.common import AS_JSON, counting, emit, open_repo
 def repack(dry_run: bool, as_json: bool) -> None:
   """Hold every leaf in fewer bytes where hindsight allows; ids stay.
 
-  What it replaces goes with `gc`, once its grace period is over.
+  What it replaces goes with the next `gc`.
   """
   with counting() as progress:
     report = open_repo().repack(progress=progress, dry_run=dry_run)

@@ -1,5 +1,6 @@
 """gc in a process of its own, at the worst moments of others."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -205,3 +206,53 @@ def test_a_leftover_nobody_goes_on_with_goes(interrupted):
   _, there, path = interrupted
   assert [item.kind for item in there.gc().removed] == ["leftover"]
   assert not os.path.exists(path)
+
+
+_READER = """
+import hashlib, sys
+import numpy as np
+from patchjax.history import Repo
+from patchjax.history.arrays import index
+
+repo = Repo(sys.argv[1])
+opened = repo.open("other")
+real = index.Index.refresh
+
+def refresh(self):
+  real(self)
+  index.Index.refresh = real
+  print("knows", flush=True)
+  sys.stdin.readline()
+
+index.Index.refresh = refresh
+if sys.argv[2] == "whole":
+  found = repo.checkout("other")["x"]
+else:
+  found = opened["x"][:]
+print(hashlib.sha256(np.asarray(found).tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize("how", ["whole", "region"])
+def test_who_knows_an_old_place_reads_the_new_one(tmp_path, how):
+  """What a repack replaced goes at once, though it was written just now."""
+  x = np.random.default_rng(0).standard_normal((200, 300)).astype(np.float32)
+  repo = Repo.init(tmp_path / "repo")
+  repo.commit({"x": x}, message="one")
+  other = {"x": near(x, 1)}
+  repo.commit(other, message="two", branch="other", parents=[])
+  old = set(repo.index.packs())
+  report = repo.repack()
+  assert "the old ones go with the next `gc`" in str(report)
+  reader = subprocess.Popen(
+    [sys.executable, "-c", _READER, repo.path, how],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert reader.stdout is not None
+  assert reader.stdout.readline() == "knows\n"
+  assert "1 superseded" in collect(repo)
+  assert not old <= set(Repo(repo.path).index.packs())
+  found, _ = reader.communicate("go on\n", timeout=60)
+  assert found.strip() == hashlib.sha256(other["x"].tobytes()).hexdigest()

@@ -113,7 +113,8 @@ def gc(
     repo: the repository.
     grace: what was written or used by a commit within this time stays, with
       all that it needs: timedelta or seconds. 0 only while nobody writes: it
-      takes what a commit that is under way has written so far.
+      takes what a commit that is under way has written so far. What a repack
+      has replaced does not wait for it: readers find the new place.
     expire: reflog entries older than this go, and hold nothing any more.
     dry_run: only say what would go.
     progress: called with what is looked at, the count so far and the total.

@@ -8,8 +8,9 @@ leaves of many small packs in few. Objects are not touched, so no id changes.
 New packs are written beside the old ones; each leaf is read back from its new
 place and compared with its digest before the index makes that place exist.
 Killed at any moment, a repack leaves every leaf readable where it was. The old
-packs stay until `gc` finds that newer ones (of a higher generation) hold all
-that is needed of them.
+packs stay until the next `gc` finds that newer ones (of a higher generation)
+hold all that is needed of them. It does not wait: who has read an old index
+finds a pack gone, reads the indices anew, and with them where the leaf is now.
 """
 
 from __future__ import annotations
@@ -60,8 +61,7 @@ class RepackReport:
     )
     if moved and not self.dry_run:
       text += (
-        f", in {self.packs:,} new packs\nthe old ones go with `gc`, once its "
-        "grace period is over"
+        f", in {self.packs:,} new packs\nthe old ones go with the next `gc`"
       )
     return text
 
