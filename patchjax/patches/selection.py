@@ -11,13 +11,17 @@ costs some sixty times as much, and on a mesh gathers the array.)
 Where ties must be broken, an entry's key goes on after its magnitude with the
 position of its leaf and its own index, both complemented: the lowest wins.
 The search then refines those words in turn, only if a tie straddles the cut.
+
+Any other unsigned keys do as well. `ordered_bits` orders floats with their
+sign, and `cuts` makes of two functions, for the keys of a leaf and for the
+ranks, what a `Step` needs to have the cuts at hand when it updates.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -64,6 +68,58 @@ def magnitude_bits(x: Array) -> Array:
   return pattern & jnp.asarray((1 << bits) - 1, word)
 
 
+def magnitude_keys(x: Array) -> Array:
+  """Returns the magnitudes of floats as `uint32` keys of 31 bits.
+
+  64-bit floats are ranked as float32: rounding keeps the order, and what it
+  makes equal is kept together. Derivatives stop here.
+
+  Args:
+    x: array of floats.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> key = magnitude_keys(jnp.float32([-2.0]))
+    >>> magnitude_of(key).tolist()
+    [2.0]
+  """
+  return magnitude_bits(lax.stop_gradient(x).astype(jnp.float32))
+
+
+def magnitude_of(key: Array) -> Array:
+  """Returns the float32 magnitude of a key from `magnitude_keys`."""
+  return lax.bitcast_convert_type(jnp.asarray(key), jnp.float32)
+
+
+def ordered_bits(x: Array) -> Array:
+  """Returns `uint32` keys that order floats with their sign.
+
+  -0.0 comes just below 0.0; NaN comes above all, or below all if its sign
+  bit is set. Derivatives stop here.
+
+  Args:
+    x: array of floats; 64-bit floats are ranked as float32.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> keys = ordered_bits(jnp.float32([-1.5, -0.0, 0.0, 2.0]))
+    >>> bool((keys[:-1] < keys[1:]).all()), value_of(keys).tolist()
+    (True, [-1.5, -0.0, 0.0, 2.0])
+  """
+  x = lax.stop_gradient(x).astype(jnp.float32)
+  pattern = lax.bitcast_convert_type(x, jnp.uint32)
+  sign = jnp.uint32(1 << 31)
+  return jnp.where(pattern >= sign, ~pattern, pattern | sign)
+
+
+def value_of(key: Array) -> Array:
+  """Returns the float32 of a key from `ordered_bits`."""
+  key = jnp.asarray(key)
+  sign = jnp.uint32(1 << 31)
+  pattern = jnp.where(key >= sign, key ^ sign, ~key)
+  return lax.bitcast_convert_type(pattern, jnp.float32)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Search:
@@ -100,7 +156,7 @@ def search(
 
   Args:
     k: limbs of the rank; of rank 0 nothing is kept.
-    widths: bits of the magnitude, then (for exactly k) of the leaf's
+    widths: bits of the key, then (for exactly k) of the leaf's
       position, the row and the index; see `key_widths`.
     early: whether any cut with k keys above will do, or the k-th key itself
       is wanted.
@@ -110,7 +166,7 @@ def search(
     k=k,
     found=np.zeros(4, np.uint32),
     phase=np.int32(0),
-    step=np.uint32(1 << widths[0]),
+    step=np.uint32(_full(widths[0])),
     widths=widths,
     early=early,
   )
@@ -134,13 +190,26 @@ def thresholds(state: Search) -> tuple[Array, Array]:
   """Returns the five words to compare with, and which of them are in range."""
   top = jnp.asarray([(1 << w) - 1 for w in state.widths], jnp.uint32)
   phase = jnp.minimum(state.phase, jnp.int32(len(state.widths) - 1))
-  step = (state.step + jnp.uint32(_WAYS - 1)) // jnp.uint32(_WAYS)
-  words = state.found[phase] + step * jnp.arange(1, _WAYS, dtype=jnp.uint32)
-  return jnp.minimum(words, top[phase]), words <= top[phase]
+  found = state.found[phase]
+  words = found + _sixth(state.step) * jnp.arange(1, _WAYS, dtype=jnp.uint32)
+  # Of 32 bits words may go round: those are out of range too.
+  in_range = (words <= top[phase]) & (words >= found)
+  return jnp.where(in_range, words, top[phase]), in_range
+
+
+def _full(width: int) -> int:
+  """Returns how many words there are of some bits, as far as it fits."""
+  # A range of 2**32 does not; one less is cut in the same sixths.
+  return min(1 << width, 0xFFFFFFFF)
+
+
+def _sixth(step: Array) -> Array:
+  """Returns a range's sixth, rounded up; the range is not empty."""
+  return (step - jnp.uint32(1)) // jnp.uint32(_WAYS) + jnp.uint32(1)
 
 
 def count_keys(x: Array, leaf: placement.Leaf, state: Search) -> Array:
-  """Returns how many keys of a leaf are at or above each threshold.
+  """Returns how many magnitudes of a leaf are at or above each threshold.
 
   Args:
     x: the leaf's floats (its shard, inside `shard_map`).
@@ -151,19 +220,38 @@ def count_keys(x: Array, leaf: placement.Leaf, state: Search) -> Array:
     limbs `int32[2, 5]` of this leaf or shard alone; sums over leaves and
     shards go to `narrow`.
   """
-  words, _ = thresholds(state)
-  bits = magnitude_bits(x)
-  if len(state.widths) == 1:
-    masks = [bits >= word.astype(bits.dtype) for word in words]
-  else:
+  return count_at_least(magnitude_bits(x), leaf, (state,))[0]
+
+
+def count_at_least(
+  keys: Array, leaf: placement.Leaf, states: tuple[Search, ...]
+) -> Array:
+  """Returns how many keys are at or above each search's thresholds.
+
+  Args:
+    keys: unsigned integers of the leaf's (or shard's) shape.
+    leaf: where the leaf is in the model.
+    states: the searches; all of them share one read of the keys.
+
+  Returns:
+    limbs `int32[len(states), 2, 5]`.
+  """
+  masks = []
+  index: tuple[Array, Array] | None = None
+  for state in states:
+    words, _ = thresholds(state)
+    if len(state.widths) == 1:
+      masks += [keys >= word.astype(keys.dtype) for word in words]
+      continue
     # The word that is searched is replaced; those after it are still 0.
     here = jnp.arange(4) == state.phase
-    index = leaf.index()
-    masks = [
-      _not_below(bits, leaf, index, jnp.where(here, word, state.found))
+    index = leaf.index() if index is None else index
+    masks += [
+      _not_below(keys, leaf, index, jnp.where(here, word, state.found))
       for word in words
     ]
-  return count_true(tuple(masks), local=leaf.local)
+  counts = count_true(tuple(masks), local=leaf.local)
+  return counts.reshape(2, len(states), _WAYS - 1).swapaxes(0, 1)
 
 
 def _not_below(
@@ -202,14 +290,14 @@ def narrow(counts: Array, state: Search) -> Search:
   counts = carried(counts)
   _, in_range = thresholds(state)
   enough = at_least(counts, state.k[:, None]) & in_range
-  step = (state.step + jnp.uint32(_WAYS - 1)) // jnp.uint32(_WAYS)
+  step = _sixth(state.step)
   moved = jnp.sum(enough, dtype=jnp.int32)
   last = len(state.widths) - 1
   phase = jnp.minimum(state.phase, jnp.int32(last))
   found = state.found.at[phase].add(step * moved.astype(jnp.uint32))
   settled = step <= jnp.uint32(1)
   following = jnp.minimum(state.phase + jnp.int32(1), jnp.int32(last))
-  width = jnp.asarray([1 << w for w in state.widths], jnp.uint32)[following]
+  width = jnp.asarray([_full(w) for w in state.widths], jnp.uint32)[following]
   phase = state.phase + settled.astype(jnp.int32)
   if state.early:
     at = jnp.maximum(moved - jnp.int32(1), jnp.int32(0))
@@ -233,13 +321,140 @@ def keep(x: Array, leaf: placement.Leaf, state: Search) -> Array:
     a boolean array: entries with a magnitude of at least the k-th largest,
     or exactly k of them if the search had all its words. None for k = 0.
   """
-  bits = magnitude_bits(x)
+  return keep_keys(magnitude_bits(x), leaf, state)
+
+
+def keep_keys(keys: Array, leaf: placement.Leaf, state: Search) -> Array:
+  """Returns the mask of the keys a finished search selects.
+
+  Args:
+    keys: the same unsigned integers that were counted.
+    leaf: where the leaf is in the model.
+    state: the finished search.
+
+  Returns:
+    a boolean array: keys of at least the k-th largest, or exactly k of them
+    if the search had all its words. None for k = 0.
+  """
   some = at_least(state.k, jnp.asarray(limbs(1)))
   if len(state.widths) == 1:
-    mask = bits >= state.found[0].astype(bits.dtype)
+    mask = keys >= state.found[0].astype(keys.dtype)
   else:
-    mask = _not_below(bits, leaf, leaf.index(), state.found)
+    mask = _not_below(keys, leaf, leaf.index(), state.found)
   return mask & some
+
+
+def cut_key(state: Search) -> Array:
+  """Returns the k-th largest key, `uint32[]`, of a finished search.
+
+  For a search that may end early this is a cut: some number at or below the
+  k-th key and above the next.
+  """
+  return state.found[0]
+
+
+def settled(k: Array, key: Any, bits: int = 32) -> Search:
+  """Returns the finished search whose k-th key was found in another way.
+
+  Args:
+    k: limbs of the rank.
+    key: the k-th largest key.
+    bits: of the keys.
+  """
+  start = search(k, (bits,), early=False)
+  found = jnp.asarray(start.found).at[0].set(jnp.asarray(key, jnp.uint32))
+  return dataclasses.replace(start, found=found, phase=np.int32(1))
+
+
+# ---------------------------------------------------------------------------
+# Steps that cut by rank.
+
+
+def cuts(
+  keys: Callable[..., Any],
+  ranks: Callable[..., Any],
+  *,
+  bits: int = 32,
+  exact: Callable[..., bool] | None = None,
+  early: bool = False,
+) -> dict[str, Any]:
+  """Returns the counting functions of a step that cuts keys by rank.
+
+  The step's `update` gets, as `shared`, a tuple of finished searches, one for
+  each array of keys: for `keep_keys`, and `cut_key` with `value_of` or
+  `magnitude_of`. Nothing is sorted or gathered, and the bits of the answer do
+  not depend on how arrays are cut over devices.
+
+  Args:
+    keys: `(leaf, deltas, state, **options)`, a tuple of arrays of unsigned
+      integers, of the leaf's shape (`magnitude_keys`, `ordered_bits`). The
+      same array may stand there several times, for several ranks: it is read
+      once. For a step that needs the base, `(leaf, deltas, base, state,
+      **options)`.
+    ranks: `(state, shapes, k, **options)`, the limbs of the rank for each of
+      them, counted from 1 at the largest key (`shares.entries_of`).
+    bits: of the keys.
+    exact: `(**options) -> bool`, whether ties at a cut are broken, by the
+      order of names, then by index, so that exactly that many are kept.
+    early: whether any cut with that many keys above it will do: for masks,
+      where the k-th key itself is not asked for.
+
+  Returns:
+    keyword arguments of `Step`.
+
+  Example:
+    >>> import jax.numpy as jnp, numpy as np, patchjax as pj
+    >>> from patchjax.patches.counting import limbs
+    >>> def keys(leaf, deltas, state):
+    ...   return tuple(map(ordered_bits, deltas))
+    >>> def ranks(state, shapes, k):
+    ...   return (limbs(2),) * k
+    >>> def less_second(leaf, deltas, base, state, searches):
+    ...   seconds = [value_of(cut_key(search)) for search in searches]
+    ...   return tuple(d - s for d, s in zip(deltas, seconds))
+    >>> step = pj.patches.Step("less_second", less_second, **cuts(keys, ranks))
+    >>> base, tuned = ({"w": np.float32(x)} for x in ([0] * 3, [5, 1, 3]))
+    >>> pj.merge(base, [tuned], pj.Transform.of(step, {}))["w"].tolist()
+    [2.0, -2.0, 0.0]
+  """
+
+  def start(state, shapes, k, **options):
+    widths = (bits,)
+    if exact is not None and exact(**options):
+      widths = key_widths(shapes, bits)
+    found = ranks(state, shapes, k, **options)
+    return tuple(search(rank, widths, early=early) for rank in found)
+
+  def reduce(leaf, deltas, *rest, **options):
+    *seen, searches = rest
+    found = keys(leaf, deltas, *seen, **options)
+    parts: list[Array] = [None] * len(found)
+    for i, key in enumerate(found):
+      if parts[i] is not None:
+        continue
+      alike = [j for j in range(i, len(found)) if found[j] is key]
+      states = tuple(searches[j] for j in alike)
+      for j, part in zip(alike, count_at_least(key, leaf, states)):
+        parts[j] = part
+    return jnp.stack(parts)
+
+  def finish(total, searches, **options):
+    del options
+    searches = tuple(
+      narrow(count, search)
+      for count, search in zip(total, searches, strict=True)
+    )
+    return searches, jnp.stack([search.done for search in searches]).all()
+
+  return {
+    "start": start,
+    "reduce": reduce,
+    "finish": finish,
+    "keys": keys,
+    "ranks": ranks,
+    "key_bits": bits,
+    "exact": exact,
+  }
 
 
 # ---------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import math
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jax import lax
 
 from patchjax.patches import selection, shares, transform
 
@@ -59,63 +58,43 @@ def trim(
   )
 
 
-def _start(state, shapes, k, *, scope, exact_k, one_more):
-  del scope
+def _ranks(state, shapes, k, *, scope, exact_k, one_more):
+  del scope, exact_k
   size = sum(math.prod(shape) for shape in shapes)
-  widths = selection.key_widths(shapes) if exact_k else (31,)
   densities = transform.per_contributor(state["density"], k)
   return tuple(
-    selection.search(
-      shares.entries_of(density, size, more=int(one_more)), widths
-    )
+    shares.entries_of(density, size, more=int(one_more))
     for density in densities
   )
 
 
-def _reduce(leaf, deltas, state, searches, **options):
-  del state, options
-  return jnp.stack(
-    [
-      selection.count_keys(_magnitudes(delta), leaf, search)
-      for delta, search in zip(deltas, searches, strict=True)
-    ]
-  )
-
-
-def _finish(total, searches, **options):
-  del options
-  searches = tuple(
-    selection.narrow(count, search)
-    for count, search in zip(total, searches, strict=True)
-  )
-  return searches, jnp.stack([search.done for search in searches]).all()
+def _keys(leaf, deltas, state, **options):
+  del leaf, state, options
+  return tuple(map(selection.magnitude_keys, deltas))
 
 
 def _update(leaf, deltas, base, state, searches, **options):
-  del base, state, options
+  del base
+  keys = _keys(leaf, deltas, state, **options)
   return tuple(
     jnp.where(
-      selection.keep(_magnitudes(delta), leaf, search),
-      delta,
-      jnp.zeros_like(delta),
+      selection.keep_keys(key, leaf, search), delta, jnp.zeros_like(delta)
     )
-    for delta, search in zip(deltas, searches, strict=True)
+    for key, delta, search in zip(keys, deltas, searches, strict=True)
   )
-
-
-def _magnitudes(delta):
-  # 64-bit deltas are ranked as float32: rounding keeps the order, and what
-  # it makes equal is kept together.
-  return lax.stop_gradient(delta).astype(jnp.float32)
 
 
 TRIM = transform.register_step(
   transform.Step(
     name="trim",
     update=_update,
-    start=_start,
-    reduce=_reduce,
-    finish=_finish,
     scope=lambda *, scope, **_: scope,
+    **selection.cuts(
+      _keys,
+      _ranks,
+      bits=31,
+      exact=lambda *, exact_k, **_: exact_k,
+      early=True,
+    ),
   )
 )
