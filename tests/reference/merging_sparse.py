@@ -84,7 +84,8 @@ def ties(
   trim is over the whole model and keeps what is at least the (n - k)-th
   smallest magnitude (k + 1 entries), a sum of 0 takes the majority sign;
   weights (not in the paper) weigh the mean only. mergekit: max(1, int(density
-  n)) entries a leaf, the first of equal ones; weights before the election.
+  n)) entries a leaf (which of equal ones is not defined there, torch's sort is
+  not stable; here the first); weights before the election.
   """
   del masks
   common.check(flavour)
