@@ -20,11 +20,12 @@ from patchjax.patches import counting
 
 Array = Any
 
-_BLOCK = 16
+_BLOCK = 8
 """Numbers that are added one after the other."""
 
-_AT_ONCE = 12
-"""Masks or terms of one reduction: more would not fit into registers."""
+_MASKS = 12
+_TERMS = 8
+"""How many share one reduction: more would not fit into registers."""
 
 
 def counts(masks: Sequence[Array], *, local: bool) -> Array:
@@ -35,8 +36,8 @@ def counts(masks: Sequence[Array], *, local: bool) -> Array:
     local: whether they lie on one device.
   """
   parts = [
-    counting.count_true(tuple(masks[i : i + _AT_ONCE]), local=local)
-    for i in range(0, len(masks), _AT_ONCE)
+    counting.count_true(tuple(masks[i : i + _MASKS]), local=local)
+    for i in range(0, len(masks), _MASKS)
   ]
   return jnp.concatenate(parts, axis=1)
 
@@ -51,15 +52,15 @@ def totals(terms: Sequence[Array], *, local: bool) -> Array:
   if not local:
     return jnp.stack([_by_axes(term) for term in terms])
   found = []
-  for i in range(0, len(terms), _AT_ONCE):
-    found += _blocked(tuple(terms[i : i + _AT_ONCE]))
+  for i in range(0, len(terms), _TERMS):
+    found += _blocked(tuple(terms[i : i + _TERMS]))
   return jnp.stack(found)
 
 
 def _blocked(terms: tuple[Array, ...]) -> tuple[Array, ...]:
   size = math.prod(terms[0].shape)
   terms = tuple(term.reshape(-1) for term in terms)
-  # One operand alone would take another, slower path of XLA's CPU compiler.
+  # One operand alone would take a slower path of XLA's CPU compiler.
   held = terms if len(terms) > 1 else (*terms, *terms)
   while size > 1:
     rows = min(_BLOCK, size)
