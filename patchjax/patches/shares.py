@@ -18,7 +18,9 @@ from patchjax.trees.errors import SelectionError
 Array = Any
 
 
-def entries_of(density: Any, size: int, *, more: int = 0) -> Array:
+def entries_of(
+  density: Any, size: int, *, more: int = 0, zero: bool = False
+) -> Array:
   """Returns `k = floor(density * size) + more` as limbs `int32[2, ...]`.
 
   A Python number gives `int(density * size)`. An array (a traced density, a
@@ -30,6 +32,7 @@ def entries_of(density: Any, size: int, *, more: int = 0) -> Array:
     density: share of entries, in (0, 1]; a number or an array.
     size: the number of entries; k is at most that.
     more: entries beyond the share.
+    zero: whether the share may be 0 too.
 
   Raises:
     SelectionError: if a density that can be seen is outside (0, 1], or if a
@@ -42,10 +45,10 @@ def entries_of(density: Any, size: int, *, more: int = 0) -> Array:
   """
   perleaf.refuse(density)
   if isinstance(density, int | float):
-    check_density(density)
+    check_density(density, zero=zero)
     return limbs(min(int(density * size) + more, size))
   if not isinstance(density, Tracer):
-    check_density(density)
+    check_density(density, zero=zero)
   if size >= 1 << (LIMB + 30):
     raise SelectionError(f"cannot count {size} entries: at most 2**42 - 1")
   k = _entries(size, jnp.asarray(density).astype(jnp.float32))
@@ -58,13 +61,21 @@ def entries_of(density: Any, size: int, *, more: int = 0) -> Array:
   return jnp.where(full, k, jnp.stack([high, low]))
 
 
-def check_density(density: Any) -> None:
-  """Raises SelectionError unless the density lies in (0, 1]."""
+def check_density(
+  density: Any, *, zero: bool = False, name: str = "density"
+) -> None:
+  """Raises SelectionError unless a share lies in (0, 1].
+
+  Args:
+    density: the share, or several.
+    zero: whether it may be 0 too.
+    name: what it is called.
+  """
   value = np.asarray(density, np.float64)
-  if not ((value > 0) & (value <= 1)).all():
+  if not (((value > 0) | (zero & (value == 0))) & (value <= 1)).all():
     raise SelectionError(
-      f"density must be in (0, 1], got {density}: it is the share of "
-      "entries that is kept"
+      f"{name} must be in {'[' if zero else '('}0, 1], got {density}: it is a "
+      "share of the entries"
     )
 
 
