@@ -41,8 +41,7 @@ from patchjax.history.storage import config, layout, reflog
 from patchjax.history.storage.files import open_files
 from patchjax.history.storage.objects import Commit, Objects
 from patchjax.history.storage.refs import Refs
-from patchjax.history.upkeep import collecting, repack
-from patchjax.history.upkeep.fsck import check
+from patchjax.history.upkeep import fsck, gc, repack
 from patchjax.trees.errors import RepositoryError
 
 if TYPE_CHECKING:
@@ -404,8 +403,8 @@ class Repo:
   open = lazy.open_lazily
   commit_async = pending.commit_async
   patch_of = proposals.patch_of
-  fsck = check
-  gc = collecting.gc
+  fsck = fsck.fsck
+  gc = gc.gc
   repack = repack.repack
   export = exporting.export
   clone = staticmethod(fetching.clone)

@@ -9,7 +9,7 @@ import pytest
 
 from patchjax.history import Repo
 from patchjax.history.arrays import index, reading
-from patchjax.history.upkeep import checking
+from patchjax.history.upkeep import fsck_run, verifying
 from patchjax.trees import errors
 from tests.history.accidents import files_below, flip
 
@@ -240,7 +240,7 @@ def test_a_version_comes_back_when_its_value_is_committed(repo, quick):
   assert np.array_equal(Repo(repo.path).checkout("main")["x"], TUNED)
   # What is left of the first copy is read no more.
   kinds = {problem.repair for problem in fsck(repo, quick=quick).problems}
-  assert kinds <= {checking._REPAIR_PACK, checking._REPAIR_COPY}
+  assert kinds <= {fsck_run._REPAIR_PACK, fsck_run._REPAIR_COPY}
   again.commit({"x": LARGE}, message="again", branch="first", parents=[])
   assert fsck(repo).ok
   assert np.array_equal(Repo(repo.path).checkout("main~1")["x"], LARGE)
@@ -315,14 +315,14 @@ def test_leaves_are_verified_in_batches(repo, monkeypatch):
     value = {"x": RNG.standard_normal((200, 300)).astype(np.float32)}
     repo.commit(value, message=f"{i}", branch=f"b{i}", parents=[])
   sizes = []
-  real = checking.Check._verify
+  real = fsck_run.FsckRun._verify
 
   def verify(self, batch):
     sizes.append(sum(entry.size * 4 for entry in batch.values()))
     return real(self, batch)
 
-  monkeypatch.setattr(checking.Check, "_verify", verify)
-  monkeypatch.setattr(checking, "_BATCH", 2 * LARGE.nbytes)
+  monkeypatch.setattr(fsck_run.FsckRun, "_verify", verify)
+  monkeypatch.setattr(verifying, "BATCH", 2 * LARGE.nbytes)
   assert fsck(repo).ok
   assert len(sizes) == 3
   assert max(sizes) <= 2 * LARGE.nbytes
@@ -336,7 +336,7 @@ def test_a_leaf_larger_than_a_batch_is_verified_in_parts(
   repo.commit({"x": x}, message="large", branch="large", parents=[])
   y = x * np.float32(1.0001)
   repo.commit({"x": y}, message="tuned", branch="large")
-  monkeypatch.setattr(checking, "_BATCH", 2 << 20)
+  monkeypatch.setattr(verifying, "BATCH", 2 << 20)
   whole = []
   real = reading.LeafReader.verify
 

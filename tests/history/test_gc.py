@@ -489,9 +489,9 @@ def test_who_comes_too_late_is_told(repo):
 
 
 def test_one_gc_at_a_time(repo):
-  from patchjax.history.upkeep import collecting
+  from patchjax.history.upkeep import gc
 
-  with collecting._alone(repo.files):
+  with gc._alone(repo.files):
     with pytest.raises(errors.RepositoryError, match="another gc"):
       repo.gc()
   repo.gc()

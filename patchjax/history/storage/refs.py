@@ -60,6 +60,27 @@ def _is_name(name: str) -> bool:
   return not _BAD_NAME.search(name) and len(name.encode()) <= 200
 
 
+def id_in(data: bytes, what: str, path: str) -> str:
+  """Returns the id that the file of a ref holds.
+
+  Args:
+    data: its bytes.
+    what: the ref, for messages.
+    path: its path, for messages.
+
+  Raises:
+    IntegrityError: if it does not hold an id.
+  """
+  text = data.decode("ascii", "replace")
+  if not (is_id(text[:-1]) and text.endswith("\n")):
+    raise IntegrityError(
+      f"{what} is damaged: expected 64 hex digits and a newline in {path}, "
+      f"found {data[:80]!r}; write the id of its last commit into the file "
+      "(its reflog names it first; fsck lists commits without a branch)"
+    )
+  return text[:-1]
+
+
 class Refs:
   """The refs of a repository.
 
@@ -87,16 +108,8 @@ class Refs:
       data = self.files.read(f"{space}/{name}")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
       return None
-    text = data.decode("ascii", "replace")
-    if not (is_id(text[:-1]) and text.endswith("\n")):
-      path = self.files.path(f"{space}/{name}")
-      raise IntegrityError(
-        f"{_NOUN[space]} {name!r} is damaged: expected 64 hex digits and a "
-        f"newline in {path}, found {data[:80]!r}; write the id of its last "
-        "commit into the file (its reflog names it first; fsck lists commits "
-        "without a branch)"
-      )
-    return text[:-1]
+    path = self.files.path(f"{space}/{name}")
+    return id_in(data, f"{_NOUN[space]} {name!r}", path)
 
   def names(self, space: str) -> list[str]:
     """Returns the sorted names of a space.

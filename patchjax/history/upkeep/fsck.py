@@ -87,7 +87,7 @@ class FsckReport:
     return "\n".join(lines)
 
 
-def check(
+def fsck(
   repo: Repo, *, quick: bool = False, progress: Progress | None = None
 ) -> FsckReport:
   """Verifies a whole repository; others may go on writing to it.
@@ -107,6 +107,7 @@ def check(
     verified 1 refs, 1 commits, 2 objects, 1 packs, 1 leaves
     ok
   """
-  from patchjax.history.upkeep.checking import Check
+  from patchjax.history.upkeep.fsck_run import FsckRun
 
-  return Check(repo, quick, progress or (lambda what, done, total: None)).run()
+  tell = progress or (lambda what, done, total: None)
+  return FsckRun(repo, quick, tell).run()

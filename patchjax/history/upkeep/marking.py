@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from patchjax.history.storage.files import Files
 from patchjax.history.storage.objects import Objects, is_id, key_of
-from patchjax.history.storage.refs import NOTES
+from patchjax.history.storage.reflog import LOGS
+from patchjax.history.storage.refs import NOTES, id_in
 from patchjax.trees.errors import IntegrityError
 
 if TYPE_CHECKING:
   from patchjax.trees.digest import Entry
 
-LOGS = "logs"
 FILE = "file"
 """Kind of an object that is none of ours: a patch file, for one."""
 
@@ -130,17 +130,18 @@ class Marks:
 def roots(files: Files) -> list[str]:
   """Returns the ids that refs, other than notes, hold.
 
+  Of every file there is, whatever its name: what one may name must stay.
+
   Args:
     files: files of the repository.
 
   Raises:
     IntegrityError: if one of them is damaged.
   """
-  found = []
-  for key in files.walk("refs"):
-    if not key.startswith(f"{NOTES}/"):
-      found += held(files, key)
-  return found
+  keys = [key for key in files.walk("refs") if not key.startswith(f"{NOTES}/")]
+  # A ref that was removed since it was listed holds nothing.
+  found = files.read_all(keys)
+  return [id_in(data, key, files.path(key)) for key, data in found.items()]
 
 
 def logged(files: Files, *, since: float) -> list[str]:
@@ -160,28 +161,6 @@ def logged(files: Files, *, since: float) -> list[str]:
     if _time(key) >= since:
       found |= dict.fromkeys(moved(files, key))
   return [id_ for id_ in found if files.exists(key_of(id_))]
-
-
-def held(files: Files, key: str) -> list[str]:
-  """Returns the id that a ref of any kind holds, if it is still there.
-
-  Args:
-    files: files of the repository.
-    key: key of the ref.
-
-  Raises:
-    IntegrityError: if it is damaged.
-  """
-  try:
-    text = files.read(key).decode("ascii", "replace")
-  except FileNotFoundError:
-    return []
-  if not (is_id(text[:-1]) and text.endswith("\n")):
-    raise IntegrityError(
-      f"{files.path(key)} is damaged: expected 64 hex digits and a newline, "
-      f"found {text[:80]!r}; write the id of its last commit into it"
-    )
-  return [text[:-1]]
 
 
 def expired(files: Files, before: float) -> list[str]:

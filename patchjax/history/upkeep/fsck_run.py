@@ -13,9 +13,8 @@ from patchjax.history.remotes import partial
 from patchjax.history.storage import config, reflog, shallow
 from patchjax.history.storage.objects import is_id, key_of
 from patchjax.history.storage.refs import HEADS, NOTES, REMOTES, TAGS
-from patchjax.history.upkeep import bins, marking
+from patchjax.history.upkeep import bins, marking, verifying
 from patchjax.history.upkeep.fsck import FsckReport, Problem, Progress
-from patchjax.trees import dtypes
 from patchjax.trees.errors import IntegrityError, PatchjaxError
 from patchjax.trees.names import join
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 _Place = tuple[str, ...]  # commit, then the parts of a name
 _Step = tuple[str, str, str, _Place]  # object id, its kind, who needs it, where
-
-_BATCH = 256 << 20  # bytes of leaves verified at a time
 
 _REPAIR_REF = (
   "write the id of its last commit and a newline into the file: `patchjax "
@@ -60,7 +57,7 @@ _REPAIR_COPY = (
 )
 
 
-class Check:
+class FsckRun:
   """The state of one check."""
 
   def __init__(self, repo: Repo, quick: bool, progress: Progress):
@@ -148,7 +145,7 @@ class Check:
   def _moves(self) -> tuple[list[_Step], list[_Step]]:
     """Returns steps to what refs held before, and to what they may have."""
     logs: dict[tuple[str, str], None] = {}
-    for key in self.repo.files.walk(marking.LOGS):
+    for key in self.repo.files.walk(reflog.LOGS):
       try:
         marking.moved(self.repo.files, key)
       except IntegrityError as error:
@@ -270,44 +267,24 @@ class Check:
   def _leaves(self) -> set[str]:
     """Verifies every leaf in every place; returns the packs they need."""
     used: set[str] = set()
-    batch: dict[str, Entry] = {}
-    size = 0
-    for done, (digest, entry) in enumerate(self.leaves.items()):
-      batch[digest] = entry
-      size += entry.size * dtypes.itemsize(entry.dtype)
-      if size >= _BATCH or done + 1 == len(self.leaves):
-        self.progress("leaves", done + 1, len(self.leaves))
-        used |= self._look(batch) if self.quick else self._verify(batch)
-        self._sources(batch)
-        batch, size = {}, 0
+    done = 0
+    for batch in verifying.batches(self.leaves):
+      done += len(batch)
+      self.progress("leaves", done, len(self.leaves))
+      used |= self._look(batch) if self.quick else self._verify(batch)
+      self._sources(batch)
     return used
 
   def _verify(self, batch: Mapping[str, Entry]) -> set[str]:
-    small, used = {}, set()
-    for digest, entry in batch.items():
-      if entry.size * dtypes.itemsize(entry.dtype) > _BATCH:
-        # One that is larger than a batch by itself.
-        used |= self._verify_large(entry)
-      else:
-        small[digest] = entry
-    good, why, packs = self.repo.reader.verify(small)
+    good, why, used = verifying.verify(self.repo.reader, batch)
     if why:
       # A gc may have taken a copy that it knew to lie elsewhere too.
       self.repo.index.refresh()
-      good, why, again = self.repo.reader.verify(small)
-      packs |= again
+      doubtful = {digest: batch[digest] for digest in why}
+      good, why, packs = verifying.verify(self.repo.reader, doubtful)
+      used |= packs
     for digest, reasons in why.items():
       self._unread(digest, batch[digest], reasons, digest in good)
-    return used | packs
-
-  def _verify_large(self, entry: Entry) -> set[str]:
-    good, why, used = self.repo.reader.verify_in_parts(entry, _BATCH)
-    if why or not good:
-      self.repo.index.refresh()
-      good, why, used = self.repo.reader.verify_in_parts(entry, _BATCH)
-      if not good:
-        why = why or ["stored in no payload"]
-      self._unread(entry.digest, entry, why, good)
     return used
 
   def _look(self, batch: Mapping[str, Entry]) -> set[str]:

@@ -140,9 +140,9 @@ def gc(
   oldest = now - _seconds("expire", expire)
   report = progress or (lambda what, done, total: None)
   with _alone(repo.files):
-    from patchjax.history.upkeep.collection import Collection
+    from patchjax.history.upkeep.gc_run import GcRun
 
-    return Collection(repo, cutoff, oldest, dry_run, report).run()
+    return GcRun(repo, cutoff, oldest, dry_run, report).run()
 
 
 def _seconds(name: str, age: datetime.timedelta | float) -> float:

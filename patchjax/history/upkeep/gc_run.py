@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING
 from patchjax.history.arrays import encodings, index
 from patchjax.history.storage.objects import is_id, key_of
 from patchjax.history.storage.refs import NOTES
-from patchjax.history.upkeep import bins, marking, superseding, sweeping
-from patchjax.history.upkeep.collecting import GcReport, Progress, Removed
-from patchjax.trees import dtypes
+from patchjax.history.upkeep import (
+  bins,
+  marking,
+  superseding,
+  sweeping,
+  verifying,
+)
+from patchjax.history.upkeep.gc import GcReport, Progress, Removed
 from patchjax.trees.errors import IntegrityError
 
 if TYPE_CHECKING:
   from patchjax.history.arrays.index import Location
   from patchjax.history.repo import Repo
-  from patchjax.trees.digest import Entry
-
-_BATCH = 256 << 20  # bytes of leaves verified at a time
 
 
-class Collection:
+class GcRun:
   """The state of one collection."""
 
   def __init__(
@@ -189,21 +191,12 @@ class Collection:
   def _damaged(self, digests: Iterable[str]) -> set[str]:
     """Returns the leaves of which some copy is not what it should be."""
     bad: set[str] = set()
-    batch: dict[str, Entry] = {}
-    size = 0
-    ordered = sorted(digests)
-    for done, digest in enumerate(ordered, 1):
-      entry = self.marks.leaves[digest]
-      if entry.size * dtypes.itemsize(entry.dtype) > _BATCH:
-        if self.repo.reader.verify_in_parts(entry, _BATCH)[1]:
-          bad.add(digest)
-      else:
-        batch[digest] = entry
-        size += entry.size * dtypes.itemsize(entry.dtype)
-      if size >= _BATCH or done == len(ordered):
-        self.progress("copies", done, len(ordered))
-        bad |= self.repo.reader.verify(batch)[1].keys()
-        batch, size = {}, 0
+    entries = {digest: self.marks.leaves[digest] for digest in sorted(digests)}
+    done = 0
+    for batch in verifying.batches(entries):
+      done += len(batch)
+      self.progress("copies", done, len(entries))
+      bad |= verifying.verify(self.repo.reader, batch)[1].keys()
     return bad
 
   def _dead(
