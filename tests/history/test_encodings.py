@@ -16,7 +16,7 @@ from patchjax.history.arrays.encodings import choosing, coding, factors, zigzag
 from patchjax.patches import pinned
 from patchjax.patches.codes import Dense, LowRank, Quantized, Sparse
 from patchjax.patches.deltas import Delta
-from patchjax.trees import dtypes, tiles
+from patchjax.trees import digest, dtypes, tiles
 from patchjax.trees.digest import Entry
 
 DTYPES = [*sorted(dtypes.KINDS), "key<fry>", "key<rbg>"]
@@ -569,6 +569,28 @@ def test_factors_are_read_from_the_patch_file(tmp_path):
   other[0, 0] ^= 1
   found, _ = encodings.choose(other, old, entry, factors=held)
   assert found != "factors"
+
+
+def test_what_a_patch_file_made_is_known_to_be_its_own(tmp_path):
+  rng = np.random.default_rng(0)
+  named = {"w": rng.random((30, 20), np.float32), "v": np.float32([1, 2])}
+  old = {name: digest.entry(x) for name, x in named.items()}
+  delta = Delta(Dense(rng.random((30, 20), np.float32)), "add")
+  pj.Patch({"w": delta}).save(tmp_path / "p.safetensors")
+  data = (tmp_path / "p.safetensors").read_bytes()
+  name = hashlib.sha256(data).hexdigest()
+  changed = factors.applied(named, old, name, data)
+  held = encodings.factors_of(name, {name: data}.__getitem__)["w"]
+  base = old["w"].digest
+  assert factors.is_made(changed["w"], held, base)
+  assert not changed["w"].flags.writeable
+  # Of another leaf, another base, a copy, and what the patch did not touch.
+  assert not factors.is_made(changed["w"], held, old["v"].digest)
+  assert not factors.is_made(changed["w"].copy(), held, base)
+  assert not factors.is_made(changed["v"], held, base)
+  count = len(factors._made)
+  del changed
+  assert len(factors._made) == count - 1
 
 
 def test_digits_of_any_share_are_coded():

@@ -83,6 +83,15 @@ class _Leaf:
       digesting.is_local(self.value) or self.value.sharding.is_fully_replicated
     )
 
+  @property
+  def made(self) -> bool:
+    """Whether it is known that its factors reproduce it."""
+    return (
+      self.factors is not None
+      and self.base is not None
+      and encodings.is_made(self.value, self.factors, self.base.digest)
+    )
+
   def place(self, encoding: str) -> Location:
     """Returns where it will be, in a pack to be named."""
     of, depth = None, 0
@@ -270,7 +279,8 @@ class LeafWriter:
     spread = [leaf for leaf in group if leaf.spread]
 
     def encode() -> dict[str, tuple[str, dict[str, Any]]]:
-      bases = self._bases(whole)
+      others = [leaf for leaf in whole if not leaf.made]
+      bases = self._bases(others)
       work = each(
         lambda leaf: encodings.choose(
           parts_of(leaf.value).words(),
@@ -278,9 +288,10 @@ class LeafWriter:
           leaf.entry,
           factors=leaf.factors,
         ),
-        whole,
+        others,
       )
-      return {leaf.name: found for leaf, found in zip(whole, work)}
+      held = {leaf.name: (encodings.FACTORS.name, {}) for leaf in whole}
+      return held | {leaf.name: found for leaf, found in zip(others, work)}
 
     # The words are equal everywhere, and so is what is chosen for them.
     found = processes.together(encode)

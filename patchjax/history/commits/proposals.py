@@ -53,8 +53,10 @@ def materialise(
       that does not say for which.
     MismatchError: if its structure does not fit; lists every bad leaf.
   """
+  from patchjax.history.arrays import encodings
   from patchjax.history.arrays.restoring import stored
-  from patchjax.patches import Patch, pinned
+  from patchjax.history.storage.objects import id_of
+  from patchjax.patches import Patch
 
   if isinstance(value, Patch):
     patch, data = value, None
@@ -83,9 +85,9 @@ def materialise(
     name: stored(words[name], entry) if name in words else entry
     for name, entry in old.items()
   }
-  changed = pinned.apply_named(named, patch)
   if data is None:
     data = file_of(patch.replace(base=base.tree))
+  changed = encodings.applied(named, old, id_of(data), data)
   return changed, repo.objects.write(data)
 
 

@@ -30,8 +30,10 @@ from patchjax.history.arrays.encodings.common import (
 from patchjax.history.arrays.encodings.factors import (
   FACTORS,
   Factors,
+  applied,
   factors_of,
   fetch_patch,
+  is_made,
   object_of,
 )
 from patchjax.history.arrays.encodings.measuring import compressible

@@ -24,7 +24,9 @@ ENCODINGS: dict[str, Encoding] = {
 SMALLEST = 4096
 """Bytes below which a difference is not worth reading the base."""
 
-_GAIN = 0.9  # a difference costs reading its base: it must save a tenth
+GAIN = 0.9
+"""Share of its bytes that a leaf may keep, to be worth holding otherwise: a
+difference costs reading its base, and moving a leaf costs writing it."""
 
 # Shares of changed words: below the first the others are not even measured,
 # above the second sparse is not (above the third in small words: what it saves
@@ -77,7 +79,7 @@ def smallest(sizes: Mapping[str, float]) -> tuple[str, float]:
   plain = next(name for name in sizes if not ENCODINGS[name].delta)
   best = min(sizes, key=lambda name: sizes[name])
   # No base at all is worth a few bytes.
-  name = best if sizes[best] < _GAIN * sizes[plain] else plain
+  name = best if sizes[best] < GAIN * sizes[plain] else plain
   return name, sizes[name]
 
 

@@ -10,7 +10,8 @@ evaluated, so that a region costs what it holds.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,6 +89,67 @@ def factors_of(
     for name, delta in deltas.items()
     if isinstance(delta, Delta)
   }
+
+
+def applied(
+  named: Mapping[str, Any], old: Mapping[str, Entry], patch: str, data: bytes
+) -> dict[str, Any]:
+  """Returns the leaves that a patch file makes, and notes that it made them.
+
+  It is the file that is evaluated, as whoever reads the version will: what is
+  made here need not be evaluated once more to know that it can be.
+
+  Args:
+    named: `{text name: leaf}` of the base, verified; an `Entry` may stand for
+      a leaf that the patch does not touch.
+    old: the entries of the base.
+    patch: id of the object that holds, or will hold, the file.
+    data: the file.
+
+  Raises:
+    MismatchError: lists every delta that does not fit its leaf.
+  """
+  from patchjax.patches import pinned
+
+  loaded = _patch(patch, lambda: data)
+  changed = pinned.apply_named(named, loaded)
+  for name in loaded.deltas.keys() & old.keys() & changed.keys():
+    x = changed[name]
+    if isinstance(x, np.ndarray) and x is not named[name]:
+      x.flags.writeable = False
+      key = f"{patch}/{name}"
+      _made[id(x)] = (weakref.ref(x, _forget(id(x))), key, old[name].digest)
+  return changed
+
+
+def is_made(x: Any, factors: Factors, base: str) -> bool:
+  """Returns whether this very array was made by a patch file of a leaf.
+
+  Args:
+    x: an array.
+    factors: the delta of the patch.
+    base: digest of the leaf before.
+  """
+  found = _made.get(id(x))
+  return (
+    found is not None
+    and found[0]() is x
+    and found[1:] == (factors.key, base)
+    and not x.flags.writeable
+  )
+
+
+_made: dict[int, tuple[weakref.ref[np.ndarray], str, str]] = {}
+
+
+def _forget(identity: int) -> Callable[[weakref.ref[np.ndarray]], None]:
+  def forget(reference: weakref.ref[np.ndarray]) -> None:
+    # The id may belong to another array by now.
+    found = _made.get(identity)
+    if found is not None and found[0] is reference:
+      del _made[identity]
+
+  return forget
 
 
 def fetch_patch(key: str, read: Callable[[str], bytes]) -> Fetch:
