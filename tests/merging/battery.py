@@ -13,7 +13,7 @@ that name in `tests/reference/merging_*.py`. From the row the tests derive:
   * structure, dtype and sharding, also of `eval_shape`;
   * no compilation when numbers change (`swept`);
   * that the order of contributors does not matter (`symmetric`), nor the
-    order of leaves;
+    order of leaves, nor, if the row says `local`, which other leaves exist;
   * that one contributor, or equal ones, are the result (`alone`, `agreed`).
 
 Outputs of mergekit are found by the names of methods in `tests/golden`: no
@@ -42,7 +42,7 @@ DTYPES = {
   "float16": np.float16,
 }
 
-SHAPE = (16, 8)
+SHAPE = (32, 16)
 SPEC = P("x", "y")
 
 
@@ -63,6 +63,8 @@ class Case:
       methods that sum floats over a leaf.
     symmetric: whether contributors may be permuted (with those options that
       are lists of one number a contributor).
+    local: whether a leaf's result depends on that leaf alone: not so for
+      methods that count or measure whole models.
     alone: options under which a single contributor is the result; None if
       there are none.
     agreed: options under which contributors that are all equal are the
@@ -79,6 +81,7 @@ class Case:
   masks: Callable[..., list[dict[str, Any]]] | None = None
   exact: bool = True
   symmetric: bool = True
+  local: bool = True
   alone: Mapping[str, Any] | None = None
   agreed: Mapping[str, Any] | None = None
   heavy: bool = False
@@ -99,6 +102,129 @@ CASES: dict[str, Case] = {
     swept={"weights": OTHER, "scale": 0.3},
     alone={"scale": 1.0},
   ),
+  "uniform_soup": Case(alone={}, agreed={}),
+  "wise_ft": Case(
+    {"alpha": 0.25}, swept={"alpha": 0.75}, contributors=1, alone={"alpha": 1.0}
+  ),
+  "ema": Case(
+    {"decay": 0.75},
+    swept={"decay": 0.5},
+    symmetric=False,
+    alone={},
+    agreed={"decay": 0.5},
+  ),
+  "lawa": Case({"window": 2}, symmetric=False, alone={"window": 1}),
+  # On spheres: lengths and angles are sums of floats.
+  "slerp": Case(
+    {"t": 0.3},
+    swept={"t": 0.6},
+    base=False,
+    contributors=2,
+    exact=False,
+    symmetric=False,
+    agreed={},
+  ),
+  "slerp/from_base": Case(
+    {"t": 0.3},
+    {"from_base": True},
+    contributors=1,
+    exact=False,
+    alone={"t": 1.0},
+  ),
+  "nuslerp": Case(
+    {"weights": WEIGHTS[:2]},
+    swept={"weights": OTHER[:2]},
+    base=False,
+    contributors=2,
+    exact=False,
+    agreed={},
+  ),
+  "nuslerp/task_vectors": Case(
+    {"weights": WEIGHTS[:2]},
+    {"task_vectors": True},
+    contributors=2,
+    exact=False,
+    agreed={},
+  ),
+  "nuslerp/columns": Case(
+    {"weights": WEIGHTS[:2], "flatten": False},
+    base=False,
+    contributors=2,
+    exact=False,
+  ),
+  "nuslerp/rows": Case(
+    {"weights": WEIGHTS[:2], "flatten": False, "row_wise": True},
+    {"task_vectors": True},
+    contributors=2,
+    exact=False,
+  ),
+  "multislerp": Case(
+    {"weights": WEIGHTS},
+    swept={"weights": OTHER, "epsilon": 1e-7},
+    base=False,
+    exact=False,
+    alone={},
+    agreed={},
+  ),
+  "multislerp/task_vectors": Case(
+    {"weights": WEIGHTS, "normalize": False},
+    {"task_vectors": True},
+    exact=False,
+    alone={},
+  ),
+  "karcher": Case(
+    {"weights": WEIGHTS},
+    swept={"weights": OTHER, "tolerance": 1e-3},
+    base=False,
+    exact=False,
+    alone={},
+    agreed={},
+  ),
+  # Coefficients.
+  "model_stock": Case(exact=False, agreed={}),
+  "model_stock/rows": Case({"filter_wise": True}, exact=False, agreed={}),
+  "metagpt": Case(
+    {"scale": 0.7},
+    swept={"scale": 1.1},
+    exact=False,
+    local=False,
+    alone={"scale": 1.0},
+    agreed={"scale": 1.0},
+  ),
+  "lines": Case(
+    {"beta": 0.4},
+    swept={"beta": 0.8},
+    local=False,  # the depth of a leaf depends on how many blocks there are
+    alone={"beta": 0.0},
+    agreed={"beta": 0.0},
+  ),
+  "lines/alpha": Case({"alpha": 0.2, "beta": 0.4}),
+  # Robust aggregation.
+  "median": Case(contributors=4, alone={}, agreed={}),
+  "median/odd": Case(contributors=5, base=False, agreed={}),
+  "trimmed_mean": Case(
+    {"drop": 1}, contributors=4, alone={"drop": 0}, agreed={}
+  ),
+  "geometric_median": Case(
+    {"weights": WEIGHTS},
+    swept={"weights": OTHER, "epsilon": 1e-3},
+    exact=False,
+    local=False,
+    alone={},
+    agreed={},
+  ),
+  "krum": Case(contributors=5, exact=False, local=False, alone=None, agreed={}),
+  "krum/multi": Case(
+    {"attackers": 2, "chosen": 3}, contributors=7, exact=False, local=False
+  ),
+  "centered_clipping": Case(
+    {"radius": 1.5, "iterations": 3},
+    swept={"radius": 0.5},
+    exact=False,
+    local=False,
+    alone={"radius": 1e9},
+    agreed={"radius": 1e9},
+  ),
 }
 
 
@@ -118,8 +244,8 @@ def model(seed: int, dtype: str, *, whole: bool, spread: float = 1.0) -> Any:
   def draw(*shape):
     return (spread * rng.standard_normal(shape)).astype(np.float32)
 
-  tree = {
-    "layers": [{"kernel": draw(*SHAPE)} for _ in range(2)],
+  tree: dict[str, Any] = {
+    "layers": {str(i): {"kernel": draw(*SHAPE)} for i in range(2)},
     "step": np.int32(7),
   }
   if whole:
@@ -152,10 +278,7 @@ def models(
 
 def named(tree: Any) -> dict[str, np.ndarray]:
   """The floating point leaves by text name, wide enough to hold them."""
-  out = {
-    f"layers/{i}/kernel": layer["kernel"]
-    for i, layer in enumerate(tree["layers"])
-  }
+  out = {f"layers/{i}/kernel": tree["layers"][i]["kernel"] for i in ("0", "1")}
   if "norm" in tree:
     out["norm"] = tree["norm"]
   return {name: np.asarray(x).astype(np.float32) for name, x in out.items()}
