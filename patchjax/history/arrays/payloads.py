@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import math
 import os
 import shutil
 import threading
@@ -28,13 +27,12 @@ from typing import Any
 import numpy as np
 
 from patchjax.history.arrays import processes
+from patchjax.history.arrays.encodings import aligned
 from patchjax.history.storage.files import TEMPORARY, Files
 from patchjax.trees.errors import IntegrityError, RepositoryError
 
 _STATE = "state"  # Orbax's folder for a pytree
 _NODES = 32 << 20  # bytes of OCDBT nodes kept in memory
-
-_ALIGNMENT = 64  # bytes
 
 _IN_FLIGHT = 64 << 20  # bytes on their way to the disk at a time
 _FILE = 64 << 20  # bytes of a data file, at which it is written out
@@ -250,7 +248,7 @@ class Payload:
         _check_region(key, region, array.shape)
         array = array[region][ts.d[:].translate_to[0]]
       if out is None:
-        out = _aligned(array.shape, array.dtype.numpy_dtype)
+        out = aligned(array.shape, array.dtype.numpy_dtype)
       if (array.dtype.numpy_dtype, array.shape) != (out.dtype, out.shape):
         raise ValueError(
           f"expected {out.dtype.name} of shape {out.shape}, found "
@@ -262,14 +260,6 @@ class Payload:
       raise IntegrityError(
         f"payload {self._path}, array {key!r} cannot be read: {_brief(error)}"
       ) from error
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """Returns an array whose memory JAX can use on a CPU without a copy."""
-  size = math.prod(shape) * dtype.itemsize
-  room = np.empty(size + _ALIGNMENT, np.uint8)
-  start = -room.ctypes.data % _ALIGNMENT
-  return room[start : start + size].view(dtype).reshape(shape)
 
 
 def _check_region(

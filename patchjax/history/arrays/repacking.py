@@ -11,6 +11,7 @@ import numpy as np
 from patchjax.history.arrays import chains, encodings, lineage, storing
 from patchjax.history.arrays import index as indices
 from patchjax.history.arrays.encodings import ENCODINGS, MAX_DEPTH
+from patchjax.history.arrays.encodings.choosing import GAIN
 from patchjax.history.arrays.index import Location
 from patchjax.history.arrays.lineage import Member
 from patchjax.history.arrays.places import Packs
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
   from patchjax.history.upkeep.repack import Progress
 
 _GROUP = 128 << 20  # bytes of leaves, or stored arrays, in memory at a time
-_GAIN = 0.9  # moving a leaf must save a tenth of its bytes
 _FEW = 8  # small packs from which on they are gathered
 
 
@@ -113,7 +113,7 @@ class Repacking:
     now = sizes.get((place.encoding, place.base), sizes[plain, None])
     (name, base), size = self._smallest(sizes, plain)
     if stands is not None and (
-      size > _GAIN * now or (name, base) == (place.encoding, place.base)
+      size > GAIN * now or (name, base) == (place.encoding, place.base)
     ):
       fate = dataclasses.replace(fate, before=now, after=now)
       return self._kept(fate, small)
@@ -221,7 +221,7 @@ class Repacking:
   ) -> tuple[tuple[str, str | None], float]:
     """Returns the best of what can be read without much ado."""
     best, size = (plain, None), sizes[plain, None]
-    limit = _GAIN * size
+    limit = GAIN * size
     for (name, base), found in sizes.items():
       below = self._fate(base) if base is not None else None
       if below is None or below.place.depth >= MAX_DEPTH:
