@@ -1,22 +1,21 @@
 """Which stored leaf a new one may be held as a difference to.
 
-The obvious one is the leaf of that name in the parent. If that is costly to
-decode itself (a difference in every word), a chain of such differences would
-have to be undone one after the other: then the new leaf rather starts from
-below them, where it costs hardly more bytes. Unless it changes few words of
-the parent: then nothing is as small as saying which.
+The obvious one is the leaf of that name in the parent: nothing is as small.
+But differences in every word are costly to undo, and reading undoes one after
+the other. Once a chain has `chains.HEAVY` of them, the new leaf rather starts
+from below them. Unless it changes few words of the parent: then it still says
+which.
 
-Each difference in every word that lies below a leaf makes reading it dearer.
-And the bytes: along a training run the difference to a fixed leaf grows, so
-that at some point storing a leaf whole is cheaper than what all later versions
-would pay for the old one. That point is taken to be where the difference to
-the far base costs a tenth of the leaf more than the one to the parent would.
+Along a training run the difference to a fixed leaf grows, so that at some
+point storing a leaf whole is cheaper than what all later versions would pay
+for the old one. That point is taken to be where the difference to the far base
+costs a tenth of the leaf more than the one to the parent would.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -36,7 +35,6 @@ def bases(
   leaves: Mapping[str, tuple[Entry, Parts | None]],
   index: Index,
   reader: LeafReader,
-  patched: Collection[str] = (),
 ) -> dict[str, Location]:
   """Returns where the bases of leaves are stored.
 
@@ -45,8 +43,6 @@ def bases(
       if this process does not hold them all.
     index: of the repository.
     reader: reads tiles of parents.
-    patched: names of leaves that a patch made: they are differences to the
-      parent, whose factors are smaller than anything else.
 
   Returns:
     `{name: place}` of the leaves that may be differences; with the depth of
@@ -66,7 +62,7 @@ def bases(
     found[name] = _reckoned(chain[-1], places) if deep else light
     parent = _reckoned(chain[0], places)
     if heavy and parent.depth < encodings.MAX_DEPTH:
-      if name in patched and len(heavy) < chains.HEAVY:
+      if len(heavy) < chains.HEAVY:
         found[name] = parent
       elif new is not None:
         doubtful[name] = (old, new, found[name], parent)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from patchjax.history.arrays import encodings
 from patchjax.history.arrays.index import Location
 
-HEAVY = 3
+HEAVY = 4
 """Differences in every word that a chain may have, before reading is slow."""
 
 Find = Callable[[Iterable[str]], Mapping[str, list[Location]]]
