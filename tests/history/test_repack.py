@@ -11,7 +11,7 @@ import pytest
 
 import patchjax as pj
 from patchjax.history import Repo
-from patchjax.history.arrays import encodings, payloads
+from patchjax.history.arrays import chains, encodings, payloads
 from patchjax.trees import errors
 
 
@@ -139,6 +139,28 @@ def test_small_packs_are_gathered(repo):
   assert repo.fsck().ok
   depths = [place(repo, commit.id, "a").depth for commit in repo.log()]
   assert max(depths) <= encodings.MAX_DEPTH
+
+
+def test_fine_tunes_lie_on_each_other_up_to_a_bound(repo):
+  value = {"a": start(shape=(500, 400))["a"]}
+  repo.commit(value, message="start")
+  heavy = []
+  for step in range(7):
+    value = {"a": near(value["a"], step)}
+    before = disk(repo)
+    commit = repo.commit(value, message=f"step {step}")
+    entry = repo.tree(commit)["a"]
+    repo.index.refresh()
+    places = chains.gather(repo.index.find, [entry.digest])
+    chain = chains.chain(entry.digest, places)
+    assert chain is not None
+    heavy.append(sum(map(chains.is_heavy, chain)))
+    if heavy[-1] == step + 1:  # a difference to the version before
+      assert disk(repo) - before < 0.75 * value["a"].nbytes
+  assert heavy[: chains.HEAVY] == [*range(1, chains.HEAVY + 1)]
+  assert max(heavy) == chains.HEAVY
+  repo = Repo(repo.path)
+  assert np.array_equal(repo.checkout("main")["a"], value["a"])
 
 
 def test_patches_stay_where_their_files_are(repo):
