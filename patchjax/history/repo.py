@@ -36,7 +36,7 @@ from patchjax.history.commits import (
   recipes,
   reverting,
 )
-from patchjax.history.remotes import fetching, pushing
+from patchjax.history.remotes import cloning, fetching, pulling, pushing
 from patchjax.history.storage import config, layout, reflog
 from patchjax.history.storage.files import open_files
 from patchjax.history.storage.objects import Commit, Objects
@@ -407,9 +407,9 @@ class Repo:
   gc = gc.gc
   repack = repack.repack
   export = exporting.export
-  clone = staticmethod(fetching.clone)
+  clone = staticmethod(cloning.clone)
   fetch = fetching.fetch
-  pull = fetching.pull
+  pull = pulling.pull
   push = pushing.push
   remotes = config.remotes
   add_remote = config.add_remote

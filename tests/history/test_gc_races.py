@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from patchjax.history import Repo
-from patchjax.history.arrays import basing, index
+from patchjax.history.arrays import basing, chains, index
 from patchjax.history.upkeep import bins
 from tests.history.accidents import files_below
 
@@ -41,12 +41,14 @@ def collect(repo, *options):
 
 
 @pytest.fixture
-def raced(tmp_path):
+def raced(tmp_path, monkeypatch):
   """A leaf that two writers wrote, one as a difference to what was lost.
 
   Yields the repository, the value of main, and the digest of the lost base,
   which stays in memory.
   """
+  # One difference in every word is enough to start from below it.
+  monkeypatch.setattr(chains, "HEAVY", 1)
   x = np.random.default_rng(0).standard_normal((200, 300)).astype(np.float32)
   value, lost = {"x": x}, {"x": jnp.asarray(near(x, 1))}
   start = {"x": near(x, 2)}

@@ -1,4 +1,4 @@
-"""fetch, pull and clone: what another repository has, brought here."""
+"""fetch: what another repository has, brought here."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from collections.abc import (
 from typing import TYPE_CHECKING, Any
 
 from patchjax.history.commits import graph
-from patchjax.history.remotes import gathering, partial
-from patchjax.history.remotes.reach import Progress, Reached, Walk, heads, roots
-from patchjax.history.remotes.transfer import Counts, Transfer
-from patchjax.history.storage import config, layout, reflog, shallow
+from patchjax.history.remotes import copying, gathering, partial
+from patchjax.history.remotes.reach import Progress, Walk, heads, roots
+from patchjax.history.remotes.transfer import Counts
+from patchjax.history.storage import config, reflog, shallow
 from patchjax.history.storage.objects import key_of
 from patchjax.history.storage.refs import HEADS, REMOTES, TAGS
 from patchjax.trees.errors import (
   ConflictError,
-  IntegrityError,
   NotARepositoryError,
   RefNotFoundError,
   RepositoryError,
@@ -135,7 +134,9 @@ def fetch(
   )
   if patterns is not None:
     _check_patterns(source, chosen, patterns)
-  copied = copy(source, repo, found, patterns is not None, verify, progress)
+  copied = copying.copy(
+    source, repo, found, patterns is not None, verify, progress
+  )
   if place.name is not None and patterns not in (None, place.only):
     # Before refs lead to versions that lack leaves.
     _set_patterns(repo, place.name, patterns)
@@ -160,88 +161,6 @@ def fetch(
     if not lacking:
       _set_patterns(repo, place.name, None)
   return Fetched(place.url, moved, new_tags, clashes, copied, tuple(lacking))
-
-
-def copy(
-  source: Repo,
-  target: Repo,
-  found: Reached,
-  parts: bool,
-  verify: bool,
-  progress: Progress,
-) -> Counts:
-  """Copies what a walk met; the refs that lead to it are the caller's.
-
-  Args:
-    source: where it is.
-    target: where it shall be.
-    found: what a walk met.
-    parts: whether to leave out leaves that only share a payload with it.
-    verify: whether to compute the digest of each leaf.
-    progress: see `fetch`.
-
-  Raises:
-    IntegrityError: if leaves are in neither repository, or damaged.
-  """
-  from patchjax.history.arrays import packing
-
-  transfer = Transfer(source, target, progress=progress)
-  transfer.objects(found)
-  plan = packing.plan(source, target, found, partial=parts)
-  if plan.missing:
-    raise IntegrityError(_absent(source, found, plan.missing))
-  transfer.patches(plan.files)
-  transfer.packs([part for part in plan.parts if part.places is None])
-  packing.take(source, target, plan, transfer.copied)
-  if verify:
-    _verify(target, found, {part.pack for part in plan.parts}, progress)
-  return transfer.counts
-
-
-def _verify(
-  target: Repo, found: Reached, copied: Collection[str], progress: Progress
-) -> None:
-  """Reads all leaves; takes the packs of a bad one away again."""
-  target.index.refresh()
-  for done, (digest, entry) in enumerate(found.leaves.items(), 1):
-    try:
-      # One by one: memory holds one leaf and its bases.
-      target.reader.read({found.names[digest]: entry})
-    except IntegrityError:
-      _drop(target, digest, copied)
-      raise
-    progress("leaves", done, len(found.leaves))
-
-
-def _drop(target: Repo, digest: str, copied: Collection[str]) -> None:
-  """Removes what was copied of a damaged leaf: else it counts as being here."""
-  import math
-
-  from patchjax.history.arrays import chains
-  from patchjax.history.upkeep import bins
-
-  places = chains.gather(target.index.find, [digest]).values()
-  trash = bins.bin_of(target.files, math.inf)
-  for pack in {place.pack for found in places for place in found}:
-    if pack in copied:
-      trash.delete(pack)
-  target.index.refresh()
-
-
-def _absent(source: Repo, found: Reached, missing: Iterable[str]) -> str:
-  names = sorted(found.names.get(digest, digest[:16]) for digest in missing)
-  shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-  origin = partial.sources(source.files)
-  why = (
-    f"it is a partial clone of {origin[0].url}: run `patchjax -C "
-    f"{source.path} fetch --complete` there first, or use {origin[0].url}"
-    if origin
-    else "run fsck there; nothing was moved"
-  )
-  return (
-    f"{source.path} lacks {len(names)} leaf/leaves that its versions need: "
-    f"{shown}; {why}"
-  )
 
 
 def open_remote(remote: Remote) -> Repo:
@@ -398,132 +317,3 @@ def _prune(repo: Repo, remote: str, theirs: Mapping[str, str]) -> None:
     owner, _, branch = name.partition("/")
     if owner == remote and branch not in theirs:
       repo.refs.move(REMOTES, name, old=at, new=None)
-
-
-def pull(
-  repo: Repo,
-  remote: str | os.PathLike[str] | None = None,
-  branch: str = "main",
-  *,
-  method: Any = None,
-  message: str | None = None,
-  author: str | None = None,
-  progress: Progress | None = None,
-) -> str:
-  """Fetches a branch and brings the local one up to it.
-
-  Where only the remote went on, the branch moves there; where both did, they
-  are merged by a method.
-
-  Args:
-    repo: the repository.
-    remote: see `fetch`.
-    branch: the branch, there and here.
-    method: how to merge, such as `patchjax.merging.ties(density=0.2)`; not
-      needed where only one side went on.
-    message: of a merge commit; by default says what was merged.
-    author: by whom; by default as for `commit`.
-    progress: see `fetch`.
-
-  Returns:
-    The commit the branch is at.
-
-  Raises:
-    ConflictError: if both sides went on and there is no method; names both.
-    RefNotFoundError: if the remote does not have the branch.
-
-  Example:
-    >>> import numpy as np
-    >>> from patchjax.history import Repo
-    >>> with Repo.temporary() as theirs, Repo.temporary() as ours:
-    ...   first = theirs.commit({"w": np.ones(2)}, message="start")
-    ...   ours.pull(theirs.path) == first
-    ...   second = theirs.commit({"w": np.zeros(2)}, message="more")
-    ...   ours.pull(theirs.path) == second
-    True
-    True
-  """
-  place = config.find(repo, remote)
-  fetched = fetch(repo, remote, [branch], progress=progress)
-  theirs = fetched.branches[branch][1]
-  mine = repo.refs.get(HEADS, branch)
-  if mine is None or graph.is_ancestor(mine, theirs, repo.objects):
-    if mine != theirs:
-      why = f"pull {place.label}: fast-forward"
-      reflog.move(
-        repo, HEADS, branch, old=mine, new=theirs, why=why, who=author
-      )
-    return theirs
-  if graph.is_ancestor(theirs, mine, repo.objects):
-    return mine
-  if method is None:
-    raise ConflictError(
-      f"branch {branch!r} went on here, to {repo.refs.describe(mine)}, and at "
-      f"{place.label!r}, to {repo.refs.describe(theirs)}; say how to merge "
-      "them: method=, or `patchjax pull --method`"
-    )
-  message = message or f"Merge {branch} of {place.label} into {branch}"
-  return repo.merge(
-    branch, [theirs], method=method, message=message, author=author
-  )
-
-
-def clone(
-  url: str | os.PathLike[str],
-  path: str | os.PathLike[str],
-  *,
-  only: str | Sequence[str] | None = None,
-  depth: int | None = None,
-  verify: bool = False,
-  progress: Progress | None = None,
-) -> Repo:
-  """Copies a repository, and returns the copy.
-
-  The copy knows where it came from as the remote `origin`. It has one branch
-  of its own: `main`, or else the first; the others are `origin/<branch>`. A
-  clone that was interrupted is finished by cloning again into its folder.
-
-  Args:
-    url: a folder, `gs://bucket/path` or `s3://bucket/path`.
-    path: the folder to create, or `gs://bucket/path`.
-    only: see `fetch`: makes a partial clone.
-    depth: see `fetch`: makes a shallow clone.
-    verify: see `fetch`.
-    progress: see `fetch`.
-
-  Raises:
-    NotARepositoryError: if there is no repository at the URL.
-    RepositoryError: if the folder holds something else.
-
-  Example:
-    >>> import numpy as np, tempfile
-    >>> from patchjax.history import Repo
-    >>> with Repo.temporary() as repo, tempfile.TemporaryDirectory() as folder:
-    ...   commit = repo.commit({"w": np.ones(2)}, message="start")
-    ...   copy = Repo.clone(repo.path, folder)
-    ...   copy.resolve("main") == copy.resolve("origin/main") == commit
-    True
-  """
-  from patchjax.history.repo import Repo
-
-  place = layout.place(url, remote=True)
-  open_remote(config.Remote(None, place))  # nothing is created for nothing
-  repo = Repo.init(path)
-  known = config.remotes(repo).get(config.ORIGIN)
-  if known is None and not (repo.branches() or repo.tags()):
-    repo.add_remote(config.ORIGIN, place)
-  elif known is None or known.url != place or repo.branches():
-    raise RepositoryError(
-      f"{repo.path} is a repository already; fetch into it (`patchjax fetch "
-      f"{place}`), or choose a new folder"
-    )
-  fetched = repo.fetch(
-    config.ORIGIN, only=only, depth=depth, verify=verify, progress=progress
-  )
-  for name in ("main", *fetched.branches):
-    if name in fetched.branches:
-      at = fetched.branches[name][1]
-      why = f"clone: from {place}"
-      reflog.move(repo, HEADS, name, old=None, new=at, why=why)
-      break
-  return repo

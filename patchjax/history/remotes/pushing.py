@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from patchjax.history.commits import graph
-from patchjax.history.remotes import fetching, gathering
+from patchjax.history.remotes import copying, fetching, gathering
 from patchjax.history.remotes.reach import Progress, Reached, Walk, heads, roots
 from patchjax.history.remotes.transfer import Counts
 from patchjax.history.storage import config, layout, reflog
@@ -120,7 +120,7 @@ def push(
   for update in updates:
     _check(repo, target, place, update, force)
   found = _walk(repo, target, place, theirs, updates, progress)
-  copied = fetching.copy(repo, target, found, False, verify, progress)
+  copied = copying.copy(repo, target, found, False, verify, progress)
   _notes(repo, target, list(wanted.values()))
   for update in updates:
     _move(target, place, update)
