@@ -10,7 +10,7 @@ import numpy as np
 
 from patchjax.history import Repo
 from patchjax.history.arrays import payloads
-from patchjax.history.storage import files
+from patchjax.history.storage import local
 from patchjax.trees import errors
 
 
@@ -55,9 +55,9 @@ def test_death_at_every_storage_operation(monkeypatch):
   # The storage module's own view of `os`: Orbax, inside `payloads.save`, hangs
   # for minutes where a call of its threads does not return as it should.
   disk = types.SimpleNamespace(**vars(os))
-  monkeypatch.setattr(files, "os", disk)
+  monkeypatch.setattr(local, "os", disk)
   operations = [(disk, name) for name in ("makedirs", "fsync", "replace")]
-  operations += [(files.LocalFiles, "swap"), (payloads, "save")]
+  operations += [(local.LocalFiles, "swap"), (payloads, "save")]
   for step in (3, 4):  # a checkpoint, a blob
     with Repo.temporary() as repo:
       first = repo.commit(value_of("a", 0), message="first")

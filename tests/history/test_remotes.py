@@ -17,7 +17,7 @@ import patchjax as pj
 from patchjax.cli.app import patchjax
 from patchjax.history import Repo
 from patchjax.history.remotes import pushing
-from patchjax.history.storage import files
+from patchjax.history.storage import local
 from patchjax.history.storage.refs import HEADS, REMOTES
 from patchjax.trees.errors import (
   ConflictError,
@@ -247,9 +247,9 @@ class Died(BaseException):
 def test_death_at_every_storage_operation(repo, tmp_path, monkeypatch, verb):
   """Nothing half-copied is ever visible; the next run goes on from there."""
   disk = types.SimpleNamespace(**vars(os))
-  monkeypatch.setattr(files, "os", disk)
+  monkeypatch.setattr(local, "os", disk)
   operations = [(disk, name) for name in ("makedirs", "fsync", "replace")]
-  operations += [(files.LocalFiles, "swap")]
+  operations += [(local.LocalFiles, "swap")]
   there = tmp_path / "there"
   deaths = 0
   while True:
