@@ -24,6 +24,8 @@ from patchjax.trees.digest import canonical_json
 from patchjax.trees.errors import IntegrityError
 
 INDEX = "index.json"
+_FOLDERS = ("payloads", "blobs")
+
 _CACHE = "index.sqlite"
 _BATCH = 256  # indices that are asked for at a time
 _TABLES = """
@@ -216,6 +218,8 @@ class Index:
     self.files = files
     self.damaged: dict[str, str] = {}
     self._memory: sqlite3.Connection | None = None
+    # What was listed, and the number of packs in the cache, once it has all.
+    self._complete: tuple[list[list[str]], int] | None = None
 
   def packs(self) -> list[str]:
     """Returns every payload (with an index) and every blob."""
@@ -262,7 +266,7 @@ class Index:
 
   def forget(self) -> None:
     """Deletes the cache: the next search reads every index again."""
-    self._memory = None
+    self._memory = self._complete = None
     try:
       os.unlink(self.files.cache(_CACHE))
     except FileNotFoundError:
@@ -310,11 +314,16 @@ class Index:
     return database
 
   def _refresh(self, database: sqlite3.Connection) -> None:
+    listed = [list(self.files.listing(folder)) for folder in _FOLDERS]
+    [count] = database.execute("select count(*) from packs").fetchone()
+    if (listed, count) == self._complete:
+      return  # long histories have many packs, and most verbs look again
+    self._complete = None
     known = {pack for (pack,) in database.execute("select pack from packs")}
     present = {
       f"{folder}/{name}"
-      for folder in ("payloads", "blobs")
-      for name in self.files.listing(folder)
+      for folder, names in zip(_FOLDERS, listed)
+      for name in names
     }
     self.damaged.clear()
     found: list[Location] = []
@@ -336,8 +345,19 @@ class Index:
         except IntegrityError as error:
           self.damaged[pack] = str(error)
     gone = [(pack,) for pack in known - present]
-    if not (new or gone):
-      return
+    if new or gone:
+      self._take(database, found, new, gone)
+    if len(new) == len(unknown):  # none is being written, none is damaged
+      self._complete = listed, len(known) + len(new) - len(gone)
+
+  def _take(
+    self,
+    database: sqlite3.Connection,
+    found: list[Location],
+    new: list[str],
+    gone: list[tuple[str]],
+  ) -> None:
+    """Puts into the cache what appeared, and removes what is gone."""
     with database:
       database.executemany("delete from locations where pack = ?", gone)
       database.executemany("delete from packs where pack = ?", gone)
