@@ -95,7 +95,8 @@ def lines(
   alpha = 1 / len(models) if alpha is None else alpha
   places = {}
   for name in base:
-    found = [int(x) for x in re.findall(r"(?<=\.)\d+(?=\.)", f".{name}.")]
+    dotted = f".{name.replace('/', '.')}."
+    found = [int(x) for x in re.findall(r"(?<=\.)\d+(?=\.)", dotted)]
     places[name] = min(found, default=None)
   known = [p for p in places.values() if p is not None]
   blocks = max(known, default=0) + 1 if blocks is None else blocks
