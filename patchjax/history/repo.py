@@ -42,7 +42,6 @@ from patchjax.history.storage.files import open_files
 from patchjax.history.storage.objects import Commit, Objects
 from patchjax.history.storage.refs import Refs
 from patchjax.history.upkeep import fsck, gc, repack
-from patchjax.trees.errors import RepositoryError
 
 if TYPE_CHECKING:
   from patchjax.history.arrays.index import Index
@@ -231,39 +230,22 @@ class Repo:
       ...   repo.checkout(second)["w"].tolist()
       [1.0, 4.0]
     """
-    from patchjax.history.arrays import processes, state
-    from patchjax.history.commits import committing, proposals
-    from patchjax.trees.names import named_leaves
+    from patchjax.history.commits import committing
 
-    if on is not None and parents is not None:
-      raise RepositoryError("commit: give `on` or `parents`, not both")
-    first = [on] if on else parents
-    ids, expected = processes.first(
-      lambda: committing.parents_of(self, branch, first, retry=retry)
-    )
-    ids = tuple(ids)
-    old = processes.together(lambda: self.tree(ids[0]) if ids else {})
-    patch_id = None
-    if proposals.is_patch(value):
-      named, patch_id = processes.together(
-        lambda: proposals.materialise(self, value, ids, old, any_base=any_base)
-      )
-    else:
-      named = processes.together(lambda: state.arrays(named_leaves(value)))
-    return committing.record(
+    asked = committing.drafted(
       self,
-      named,
-      old,
-      branch=branch,
-      expected=expected,
-      parents=ids,
+      value,
       message=message,
+      branch=branch,
       author=author,
       time=time,
+      parents=parents,
+      on=on,
       recipe=recipe,
-      patch=patch_id,
       retry=retry,
+      any_base=any_base,
     )
+    return committing.record(self, *asked)
 
   def resolve(self, ref: str) -> str:
     """Returns the commit id that a ref names.

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
   from patchjax.history.arrays.pending import PendingCommit
   from patchjax.history.repo import Repo
 
+  _Running = tuple[PendingCommit, concurrent.futures.Future[None]]
+
 GRACE = datetime.timedelta(hours=1)
 
 _REST = 10  # between two collections, times what one takes
@@ -104,8 +106,9 @@ class Checkpointer:
         where it is best.
       asynchronous: store in the background. `save` returns once it has
         copied the values, which may be donated then; what goes wrong is
-        raised by the next `save`, `wait` or `restore`. (With several
-        processes it stores at once, and only tidies up in the background.)
+        raised by the next `save`, `wait` or `restore`. (Several processes
+        call these together; the first one moves the refs, and another sees
+        in `all_steps` what it has done after one of these calls.)
       grace: see `Repo.gc`, which runs after a step is dropped, for a tenth of
         the time at most, and at the end. What was dropped takes space for this
         long; 0 gives it back at once, and is for a repository that nobody else
@@ -128,8 +131,9 @@ class Checkpointer:
     # Whether something was dropped that was not collected, when the last
     # collection ended, and how long it took.
     self._owed, self._collected, self._took = False, 0.0, 0.0
-    # At most one. Whoever forgets to wait is told when the process ends.
-    self._running: list[concurrent.futures.Future[None]] = []
+    # At most one: a commit, and what follows it. Whoever forgets to wait is
+    # told when the process ends.
+    self._running: list[_Running] = []
     weakref.finalize(self, _tell, self._running)
 
   def __enter__(self) -> Checkpointer:
@@ -154,8 +158,10 @@ class Checkpointer:
   def wait(self) -> None:
     """Waits until the last step is stored; raises what went wrong."""
     if self._running:
+      pending, published = self._running.pop()
+      pending.result()
       # Of several processes one moves the refs; all know when it has.
-      processes.together(self._running.pop().result)
+      processes.together(published.result)
 
   @property
   def all_steps(self) -> tuple[int, ...]:
@@ -228,7 +234,8 @@ class Checkpointer:
       author=self._author,
       recipe=recipe,
     )
-    self._running.append(self._worker.submit(self._publish, step, pending, tip))
+    published = self._worker.submit(self._publish, step, pending, tip)
+    self._running.append((pending, published))
     if not self._asynchronous:
       self.wait()
     return True
@@ -271,8 +278,8 @@ class Checkpointer:
 
   def _settle(self) -> None:
     """Waits for this process alone; what went wrong is raised later."""
-    for running in self._running:
-      running.exception()
+    for _, published in self._running:
+      published.exception()
 
   def _start_of(self, step: int) -> tuple[str | None, str | None]:
     """Where the branch is, and what a new step follows."""
@@ -311,9 +318,9 @@ class Checkpointer:
     self, step: int, pending: PendingCommit, tip: str | None
   ) -> None:
     """Names a step once it is stored, and lets go of those not kept."""
-    commit = pending.result()
-    if processes.index():
-      return  # one process moves refs
+    commit = pending.part()
+    if commit is None:
+      return  # another process moves refs
     # Tag first: a process killed in between has lost nothing, and the next
     # one finds its latest step by the tags.
     refs = self.repo.refs
@@ -347,10 +354,10 @@ class Checkpointer:
     self._took = self._collected - start
 
 
-def _tell(running: list[concurrent.futures.Future[None]]) -> None:
+def _tell(running: list[_Running]) -> None:
   """Says that a step was not stored, if nobody waited for it."""
-  for future in running:
-    error = future.exception()
+  for _, published in running:
+    error = published.exception()
     if error is not None:
       print(
         "patchjax: the last step of a Checkpointer was not stored "

@@ -120,6 +120,19 @@ def test_unchanged_and_slightly_changed_leaves(shared):
     assert np.array_equal(found, want)
 
 
+def test_commits_in_the_background_follow_each_other(shared):
+  _, report = shared
+  from patchjax.history.arrays import encodings
+
+  assert encodings.ENCODINGS[report["background"]].delta
+
+
+def test_what_was_not_recorded_is_nowhere(shared):
+  repo, _ = shared
+  titles = {commit.title for commit in Repo(repo.path).log("numpy")}
+  assert "it fits" in titles and not titles & {"too large", "late", "wrong"}
+
+
 def test_all_is_well_afterwards(shared):
   repo, _ = shared
   report = Repo(repo.path).fsck()

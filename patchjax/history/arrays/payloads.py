@@ -18,10 +18,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ from patchjax.trees.errors import IntegrityError, RepositoryError
 
 _STATE = "state"  # Orbax's folder for a pytree
 _NODES = 32 << 20  # bytes of OCDBT nodes kept in memory
+
+_LOOK = 0.5  # seconds between looks at whether to stop waiting
 
 _IN_FLIGHT = 64 << 20  # bytes on their way to the disk at a time
 _FILE = 64 << 20  # bytes of a data file, at which it is written out
@@ -51,8 +54,8 @@ _STORAGE_ERRORS = (
   ValueError,
 )
 
-# Orbax counts the saves of a process: two at once, in two threads, take each
-# other's steps, and fail or wait for minutes.
+# Orbax counts the saves of a process: two at once take each other's steps, and
+# fail or wait for minutes.
 _one_at_a_time = threading.Lock()
 
 
@@ -76,17 +79,78 @@ def save(
   Raises:
     RepositoryError: if it cannot be written; nothing stays behind.
   """
+  begin(path, arrays, metadata=metadata, compress=compress)()
+
+
+def begin(
+  path: str,
+  arrays: Mapping[str, Any],
+  *,
+  metadata: dict[str, Any] | None = None,
+  compress: bool = True,
+  stop: threading.Event | None = None,
+) -> Callable[[], None]:
+  """Begins to write an Orbax checkpoint; returns what waits for its end.
+
+  That must be called once, by any thread; until then nobody else can save.
+  Every process waits by itself, and they exchange nothing but what Orbax does
+  in the background: a checkpoint gets its name when all have written their
+  shards. If one cannot, the others would wait for minutes.
+
+  Args:
+    path: see `save`, as for all arguments that are not listed.
+    arrays: see there. With `stop`, they may be written to, donated or deleted
+      once this returns.
+    metadata: see there.
+    compress: see there.
+    stop: ends the waiting, as it fails, once it is set.
+  """
   from orbax.checkpoint import v1 as ocp
 
   _check_scheme(path)
-  try:
+  with _cleaned(path):
     if "://" not in path:
       processes.together(lambda: _probe(path))
-    with _one_at_a_time, _quiet(), _options(ocp, arrays, compress):
-      ocp.save(path, arrays, custom_metadata=metadata)
+    _one_at_a_time.acquire()
+    try:
+      with _options(ocp, arrays, compress, copy=stop is not None):
+        response = ocp.save_async(path, arrays, custom_metadata=metadata)
+    except BaseException:
+      _one_at_a_time.release()
+      raise
+
+  def wait() -> None:
+    try:
+      with _cleaned(path):
+        _wait(response, stop)
+    finally:
+      _one_at_a_time.release()
+
+  return wait
+
+
+def _wait(response: Any, stop: threading.Event | None) -> None:
+  while True:
+    try:
+      return response.result(None if stop is None else _LOOK)
+    except TimeoutError as error:
+      if str(error):
+        raise  # Orbax's own
+      if stop is not None and stop.is_set():
+        raise RuntimeError("another process could not write it") from error
+
+
+@contextlib.contextmanager
+def _cleaned(path: str) -> Iterator[None]:
+  """Leaves nothing behind of a checkpoint that cannot be written."""
+  try:
+    with _quiet():
+      yield
   except _STORAGE_ERRORS as error:
     folder, name = os.path.split(path)
-    for leftover in os.listdir(folder) if os.path.isdir(folder) else ():
+    # Of several processes the first one: the others may be writing still.
+    here = os.path.isdir(folder) and not processes.index()
+    for leftover in os.listdir(folder) if here else ():
       if leftover.startswith(name):
         shutil.rmtree(os.path.join(folder, leftover), ignore_errors=True)
     raise RepositoryError(
@@ -112,7 +176,9 @@ def _check_scheme(path: str) -> None:
     )
 
 
-def _options(ocp: Any, arrays: Mapping[str, Any], compress: bool) -> Any:
+def _options(
+  ocp: Any, arrays: Mapping[str, Any], compress: bool, copy: bool
+) -> Any:
   """Returns the Orbax context to save in."""
   import jax
 
@@ -126,13 +192,13 @@ def _options(ocp: Any, arrays: Mapping[str, Any], compress: bool) -> Any:
   # Slicing what is replicated is a computation on the devices, compiled for
   # each shape; what is stored must be the bits, untouched by any.
   saving.use_replica_parallel = False
-  # Nobody writes to the arrays while we wait for this.
-  context.memory.deepcopy_host_arrays = False
+  context.memory.deepcopy_host_arrays = copy
   largest = max((x.nbytes for x in jax.tree.leaves(arrays)), default=0)
   # Orbax refuses an array that is larger than what it may hold at a time.
   room = max(_IN_FLIGHT, largest + 1)
   context.memory.write_concurrent_bytes = room
-  context.memory.transfer_concurrent_bytes = room
+  # With a limit, what is above it is fetched from the devices afterwards.
+  context.memory.transfer_concurrent_bytes = None if copy else room
   return context
 
 
@@ -286,11 +352,14 @@ def _quiet() -> Iterator[None]:
 
   The error itself is raised, and reported once, by the caller.
   """
-  import logging
 
+  def silent(record: logging.LogRecord) -> bool:
+    return False
+
+  # One for each who waits: several may, and end in any order.
   logger = logging.getLogger("absl")
-  disabled, logger.disabled = logger.disabled, True
+  logger.addFilter(silent)
   try:
     yield
   finally:
-    logger.disabled = disabled
+    logger.removeFilter(silent)

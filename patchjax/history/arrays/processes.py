@@ -82,13 +82,13 @@ def share(function: Callable[[], bytes]) -> list[bytes]:
     said = b"=" + function()
   except BaseException as error:  # told to the others, then raised
     failure = error
-    said = _spell(error)
+    said = spell(error)
   told = gather(said)
   if failure is not None:
     raise failure
   for number, text in enumerate(told):
     if not text.startswith(b"="):
-      raise _understand(number, text)
+      raise understand(number, text)
   return [text[1:] for text in told]
 
 
@@ -127,24 +127,34 @@ def first(function: Callable[[], _Out]) -> _Out:
   if index():
     said = gather(b"")[0]
     if not said.startswith(b"="):
-      raise _understand(0, said)
+      raise understand(0, said)
     return json.loads(said[1:])
   try:
     found = function()
     said = b"=" + json.dumps(found).encode()
   except BaseException as error:  # told to the others, then raised
-    gather(_spell(error))
+    gather(spell(error))
     raise
   gather(said)
   return found
 
 
-def _spell(error: BaseException) -> bytes:
+def spell(error: BaseException) -> bytes:
+  """Returns an error as another process will `understand` it.
+
+  Args:
+    error: what went wrong here.
+  """
   return json.dumps([type(error).__name__, str(error)]).encode()
 
 
-def _understand(process: int, text: bytes) -> PatchjaxError:
-  """Returns the error that another process ran into."""
+def understand(process: int, text: bytes) -> PatchjaxError:
+  """Returns the error that another process ran into.
+
+  Args:
+    process: which one.
+    text: what it said; see `spell`.
+  """
   name, message = json.loads(text)
   kind = getattr(errors, name, None)
   if isinstance(kind, type) and issubclass(kind, PatchjaxError):

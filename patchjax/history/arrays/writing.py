@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,26 @@ class _Leaf:
 
 
 @dataclasses.dataclass
+class Rest:
+  """What remains to be done once writing has begun.
+
+  Attributes:
+    steps: to call in every process, one after the other, in any thread, up to
+      the first that fails. They exchange nothing with other processes; when
+      they are through in process 0 all leaves are stored.
+    stop: once set, steps that wait for other processes fail.
+  """
+
+  steps: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+  stop: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+  def finish(self) -> None:
+    """Does what remains."""
+    for step in self.steps:
+      step()
+
+
+@dataclasses.dataclass
 class _Pack:
   """What goes into one payload or blob."""
 
@@ -151,14 +172,19 @@ class LeafWriter:
     named: Mapping[str, Any],
     parent: Mapping[str, Entry],
     patch: str | None = None,
+    later: Rest | None = None,
   ) -> dict[str, Entry]:
     """Stores what is not stored yet, and returns the entries of all leaves.
+
+    With `later` what takes long is only begun: the values are copied, and may
+    change afterwards.
 
     Args:
       named: `{text name: leaf}`; an `Entry` stands for a leaf that is stored.
       parent: the entries of the version before, if there is one.
       patch: id of the patch file that made the value of the version before,
         if one did.
+      later: takes what remains to be done; None does it at once.
 
     Raises:
       StructureError: if there are no leaves, or names that cannot be stored.
@@ -192,7 +218,7 @@ class LeafWriter:
       repeated = (
         {} if parent else {k: v for k, v in held.items() if k in values}
       )
-      self._store(self._based(leaves, parent, patch), repeated)
+      self._store(self._based(leaves, parent, patch), repeated, later)
     return entries
 
   def _stored(self, digests: Iterable[str]) -> list[str]:
@@ -217,7 +243,7 @@ class LeafWriter:
         and (old.dtype, old.shape) == (leaf.entry.dtype, leaf.entry.shape)
         and leaf.nbytes >= encodings.SMALLEST
       }
-      found = basing.bases(wanted, self.index, self.reader, factors)
+      found = basing.bases(wanted, self.index, self.reader)
       # No version may need a base any more: then a `gc` may be taking it.
       safe = superseding.claim(
         self.files, self.index, {place.digest for place in found.values()}
@@ -244,7 +270,10 @@ class LeafWriter:
     ]
 
   def _store(
-    self, leaves: Sequence[_Leaf], repeated: Mapping[str, str]
+    self,
+    leaves: Sequence[_Leaf],
+    repeated: Mapping[str, str],
+    later: Rest | None,
   ) -> None:
     # The last one: whole leaves, and what differences are left.
     pack, differences = _Pack(), _Pack()
@@ -256,20 +285,21 @@ class LeafWriter:
           size += sum(array.nbytes for array in arrays.values())
         else:
           pack.add(leaf, name, _whole(leaf))
-      if size >= _FLUSH:
-        self._save(differences, {})
+      if size >= _FLUSH and later is None:
+        self._save(differences, {}, later)
         differences, size = _Pack(), 0
     for leaf in leaves:
       if leaf.base is None:
         name = encodings.plain_encoding(leaf.entry.dtype)
         pack.add(leaf, name, _whole(leaf))
-    if min(pack.nbytes, differences.nbytes) < _APART:
+    # Orbax writes one checkpoint at a time: only the last can be left to it.
+    if later is not None or min(pack.nbytes, differences.nbytes) < _APART:
       pack.merge(differences)
       differences = _Pack()
     # What is worth compressing, and what is not, are read at different prices.
     for part in (pack, differences):
       if part.places:
-        self._save(part, repeated)
+        self._save(part, repeated, later)
 
   def _encoded(
     self, group: Sequence[_Leaf]
@@ -321,10 +351,29 @@ class LeafWriter:
       # what has no base in memory is stored whole.
       return bases
 
-  def _save(self, pack: _Pack, repeated: Mapping[str, str]) -> None:
+  def _save(
+    self,
+    pack: _Pack,
+    repeated: Mapping[str, str],
+    later: Rest | None,
+  ) -> None:
     """Writes a pack and its index; repeats equal leaves under their names."""
+    do = processes.together if later is None else later.steps.append
+    decides = not processes.index()
     spelled = indices.spell(pack.places)
-    if self._save_blob(pack, spelled):
+    blob: bytes | None = None
+
+    def is_blob() -> bool:
+      nonlocal blob
+      blob = _blob(pack, spelled)
+      return blob is not None
+
+    def write_blob() -> None:
+      if blob is not None:  # in process 0
+        self.files.write(f"blobs/{blobs.name_of(blob)}", blob)
+
+    if processes.first(is_blob):
+      do(write_blob)
       return
     key_of = {place.digest: place.key for place in pack.places}
     arrays, aliases = dict(pack.arrays), {}
@@ -347,35 +396,33 @@ class LeafWriter:
       "aliases": aliases,
     }
     name = processes.first(lambda: f"payloads/{uuid.uuid4().hex}")
-    payloads.save(
-      self.files.path(name),
-      arrays,
-      metadata=metadata,
-      compress=processes.first(lambda: _worth(pack)),
+
+    def write_index() -> None:
+      if decides:
+        indices.write(self.files, name, spelled)
+
+    do(
+      payloads.begin(
+        self.files.path(name),
+        arrays,
+        metadata=metadata,
+        compress=processes.first(lambda: _worth(pack)),
+        stop=None if later is None else later.stop,
+      )
     )
-    processes.first(lambda: indices.write(self.files, name, spelled))
+    do(write_index)
 
-  def _save_blob(self, pack: _Pack, spelled: dict[str, Any]) -> bool:
-    """Writes a small pack as a blob; returns whether it is one."""
-    arrays = pack.arrays.values()
-    if sum(array.nbytes for array in arrays) > blobs.TRY:
-      return False
-    if not all(
-      isinstance(x, np.ndarray) or x.is_fully_addressable for x in arrays
-    ):
-      return False
 
-    def write() -> bool:
-      host = {
-        key: x if isinstance(x, np.ndarray) else np.asarray(x)
-        for key, x in pack.arrays.items()
-      }
-      blob = blobs.pack(host, spelled)
-      if blob is not None:
-        self.files.write(f"blobs/{blobs.name_of(blob)}", blob)
-      return blob is not None
+def _blob(pack: _Pack, spelled: dict[str, Any]) -> bytes | None:
+  """Returns the blob of a pack, if it is small enough for one."""
+  if pack.nbytes > blobs.TRY or not all(map(_is_here, pack.arrays.values())):
+    return None
+  host = {key: np.asarray(x) for key, x in pack.arrays.items()}
+  return blobs.pack(host, spelled)
 
-    return processes.first(write)
+
+def _is_here(x: Any) -> bool:
+  return isinstance(x, np.ndarray) or x.is_fully_addressable
 
 
 def _whole(leaf: _Leaf) -> dict[str, Any]:
@@ -386,7 +433,13 @@ def _whole(leaf: _Leaf) -> dict[str, Any]:
   dense = encodings.plain_encoding(leaf.entry.dtype) == encodings.DENSE.name
   if leaf.spread:
     return {"": x if dense else spreading.words(x, leaf.entry)}
-  if dense and isinstance(x, jax.Array) and leaf.nbytes > blobs.LARGEST:
+  if (
+    dense
+    and isinstance(x, jax.Array)
+    and leaf.nbytes > blobs.LARGEST
+    # Of several processes Orbax takes no array of one of them.
+    and (processes.count() == 1 or not x.is_fully_addressable)
+  ):
     devices = x.sharding.device_set
     if len(devices) > 1 or next(iter(devices)).platform != "cpu":
       return {"": x}  # Orbax takes it shard by shard

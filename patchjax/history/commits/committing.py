@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from patchjax.trees.errors import (
 )
 
 if TYPE_CHECKING:
+  from patchjax.history.arrays.writing import Rest
   from patchjax.history.repo import Repo
 
 
@@ -66,21 +68,93 @@ def parents_of(
   return (() if tip is None else (tip,)), tip
 
 
-def record(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draft:
+  """All of a commit but its value.
+
+  Attributes:
+    message: what was done.
+    parents: ids of the parents.
+    branch: the branch to move; None leaves it to the caller to name the
+      commit by a ref.
+    expected: the commit that the branch must be at; None if it must not exist.
+    author: by whom; by default as for `Repo.commit`.
+    time: when; by default now.
+    recipe: how the value was computed.
+    patch: id of the patch file that was submitted.
+    verb: what the reflog says was done.
+    retry: how often the changes may be put on top of somebody else's who was
+      faster; True for as often as it takes, since each time somebody's commit
+      did land.
+  """
+
+  message: str
+  parents: tuple[str, ...]
+  branch: str | None
+  expected: str | None
+  author: str | None = None
+  time: datetime.datetime | float | None = None
+  recipe: dict[str, Any] | None = None
+  patch: str | None = None
+  verb: str = "commit"
+  retry: bool | int = False
+
+
+def drafted(
   repo: Repo,
-  named: Mapping[str, Any],
-  old: Mapping[str, Entry],
+  value: Any,
   *,
   branch: str | None,
-  expected: str | None,
-  parents: tuple[str, ...],
-  message: str,
-  author: str | None,
-  time: datetime.datetime | float | None,
-  recipe: dict[str, Any] | None,
-  patch: str | None = None,
-  verb: str = "commit",
-  retry: bool | int = False,
+  parents: Sequence[str] | None,
+  on: str | None,
+  retry: bool | int,
+  any_base: bool,
+  **facts: Any,
+) -> tuple[dict[str, Any], dict[str, Entry], Draft]:
+  """Returns what `Repo.commit` was asked to record, as `record` takes it.
+
+  Args:
+    repo: the repository.
+    value: see `Repo.commit`, as for all arguments that are not listed.
+    branch: see there.
+    parents: see there.
+    on: see there.
+    retry: see there.
+    any_base: see there.
+    **facts: what else a `Draft` says.
+  """
+  from patchjax.history.arrays import state
+  from patchjax.history.commits import proposals
+  from patchjax.trees.names import named_leaves
+
+  if on is not None and parents is not None:
+    raise RepositoryError("commit: give `on` or `parents`, not both")
+  first = [on] if on else parents
+  ids, expected = processes.first(
+    lambda: parents_of(repo, branch, first, retry=retry)
+  )
+  ids = tuple(ids)
+  old = processes.together(lambda: repo.tree(ids[0]) if ids else {})
+  patch = None
+  if proposals.is_patch(value):
+    named, patch = processes.together(
+      lambda: proposals.materialise(repo, value, ids, old, any_base=any_base)
+    )
+  else:
+    named = processes.together(lambda: state.arrays(named_leaves(value)))
+  draft = Draft(
+    parents=ids,
+    branch=branch,
+    expected=expected,
+    patch=patch,
+    retry=retry,
+    **facts,
+  )
+  return named, old, draft
+
+
+def record(
+  repo: Repo, named: Mapping[str, Any], old: Mapping[str, Entry], draft: Draft
 ) -> str:
   """Stores a value, records it as a commit, and moves the branch to it.
 
@@ -88,17 +162,7 @@ def record(
     repo: the repository.
     named: `{text name: leaf}`; an `Entry` stands for a leaf that is stored.
     old: the entries of the first parent.
-    branch: the branch to move; None leaves it to the caller to name the
-      commit by a ref.
-    expected: the commit it must be at; None if it must not exist.
-    parents: ids of the parents.
-    message: what was done.
-    author: by whom; by default as for `Repo.commit`.
-    time: when; by default now.
-    recipe: how the value was computed.
-    patch: id of the patch file that was submitted.
-    verb: what the reflog says was done.
-    retry: see `land`.
+    draft: the commit.
 
   Returns:
     The commit id.
@@ -107,69 +171,52 @@ def record(
     ConflictError: if somebody else moved the branch in the meantime.
     RepositoryError: if the message is empty.
   """
-  if branch is not None:
-    check_name(branch)
-  check_message(message)
+  entries = store(repo, named, old, draft)
+  # Of several processes the first one moves the branch, and tells the others.
+  return processes.first(lambda: land(repo, entries, old, draft))
+
+
+def store(
+  repo: Repo,
+  named: Mapping[str, Any],
+  old: Mapping[str, Entry],
+  draft: Draft,
+  later: Rest | None = None,
+) -> dict[str, Entry]:
+  """Stores a value that is to be recorded; returns the entries of its leaves.
+
+  Args:
+    repo: the repository.
+    named: see `record`, as for all arguments that are not listed.
+    old: see there.
+    draft: see there.
+    later: takes what remains to be done; see `LeafWriter.write`.
+  """
+  if draft.branch is not None:
+    check_name(draft.branch)
+  check_message(draft.message)
   processes.together(
-    lambda: [repo.objects.freshen(parent) for parent in parents]
+    lambda: [repo.objects.freshen(parent) for parent in draft.parents]
   )
   # The order matters: what a ref can reach is written before the ref.
-  entries = repo.writer.write(named, old, patch)
-  # Of several processes the first one moves the branch, and tells the others.
-  return processes.first(
-    lambda: land(
-      repo,
-      entries,
-      old,
-      branch=branch,
-      expected=expected,
-      parents=parents,
-      message=message,
-      author=author,
-      time=time,
-      recipe=recipe,
-      patch=patch,
-      verb=verb,
-      retry=retry,
-    )
-  )
+  return repo.writer.write(named, old, draft.patch, later)
 
 
 def land(
   repo: Repo,
   entries: Mapping[str, Entry],
   old: Mapping[str, Entry],
-  *,
-  branch: str | None,
-  expected: str | None,
-  parents: tuple[str, ...],
-  message: str,
-  author: str | None,
-  time: datetime.datetime | float | None,
-  recipe: dict[str, Any] | None,
-  patch: str | None = None,
-  verb: str = "commit",
-  retry: bool | int = False,
+  draft: Draft,
 ) -> str:
   """Records a value whose leaves are stored, and moves the branch to it.
+
+  Exchanges nothing with other processes: one of them does it.
 
   Args:
     repo: the repository.
     entries: the leaves of the value.
     old: the leaves of the first parent.
-    branch: see `record`, as for all arguments that are not listed. Without
-      one the commit is written, and no ref moves.
-    expected: see there.
-    parents: see there.
-    message: see there.
-    author: see there.
-    time: see there.
-    recipe: see there.
-    patch: see there.
-    verb: see there.
-    retry: how often the changes may be put on top of somebody else's who was
-      faster; True for as often as it takes, since each time somebody's
-      commit did land.
+    draft: the commit. Without a branch it is written, and no ref moves.
 
   Returns:
     The commit id.
@@ -178,22 +225,18 @@ def land(
     ConflictError: if somebody else moved the branch in the meantime and that
       is not to be retried, or both changed the same leaves; names them.
   """
-  author = author or layout.default_author()
-  when = layout.spell_time(time)
-  title = message.partition("\n")[0]
-  tries = float("inf") if retry is True else int(retry)
+  branch, now = draft.branch, datetime.datetime.now(datetime.UTC)
+  draft = dataclasses.replace(
+    draft,
+    author=draft.author or layout.default_author(),
+    time=now if draft.time is None else draft.time,
+  )
+  title = draft.message.partition("\n")[0]
+  initial = "" if draft.parents else " (initial)"
+  tries = float("inf") if draft.retry is True else int(draft.retry)
   mine = dict(entries)
   while True:
-    commit, objects = _spelled(
-      repo,
-      mine,
-      parents=parents,
-      message=message,
-      author=author,
-      time=when,
-      recipe=recipe,
-      patch=patch,
-    )
+    commit, objects = _spelled(repo, mine, draft)
     if branch is None:
       repo.objects.write_all(objects)
       return commit
@@ -202,44 +245,38 @@ def land(
         repo,
         HEADS,
         branch,
-        old=expected,
+        old=draft.expected,
         new=commit,
-        why=f"{verb}: {title}" if parents else f"{verb} (initial): {title}",
-        who=author,
+        why=f"{draft.verb}{initial}: {title}",
+        who=draft.author,
         objects=objects,
       )
       return commit
     except ConflictError:
       tip = repo.refs.get(HEADS, branch)
-      if tries <= 0 or tip is None or not parents:
+      if tries <= 0 or tip is None or not draft.parents:
         raise
     tries -= 1
-    mine = combined(repo, entries, old, branch, parents[0], tip)
-    parents, expected = (tip, *parents[1:]), tip
+    first, *others = draft.parents
+    mine = combined(repo, entries, old, branch, first, tip)
+    draft = dataclasses.replace(draft, parents=(tip, *others), expected=tip)
 
 
 def _spelled(
-  repo: Repo,
-  entries: Mapping[str, Entry],
-  *,
-  parents: tuple[str, ...],
-  message: str,
-  author: str,
-  time: str,
-  recipe: dict[str, Any] | None,
-  patch: str | None,
+  repo: Repo, entries: Mapping[str, Entry], draft: Draft
 ) -> tuple[str, dict[str, bytes]]:
   """The id of a commit, and the objects that it needs."""
   tree, objects = tree_objects(entries)
+  time = layout.spell_time(draft.time)
   data = commit_bytes(
     tree=tree,
-    parents=parents,
-    message=message,
-    author=author,
+    parents=draft.parents,
+    message=draft.message,
+    author=draft.author or layout.default_author(),
     time=time,
-    recipe=recipe,
-    patch=patch,
-    order=_order(repo, parents, time),
+    recipe=draft.recipe,
+    patch=draft.patch,
+    order=_order(repo, draft.parents, time),
   )
   return id_of(data), {**objects, id_of(data): data}
 

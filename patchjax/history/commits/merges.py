@@ -161,16 +161,18 @@ def merge(
     repo,
     values.named(entries),
     objects.tree(objects.commit(tip).tree),
-    branch=target,
-    expected=tip,
-    parents=tuple(tips),
-    message=message or f"Merge {', '.join(refs)} into {target}",
-    author=author,
-    time=time,
-    recipe=recipes.of_merge(
-      method, base_id, [commit.id for commit in sides], one_sided
+    committing.Draft(
+      branch=target,
+      expected=tip,
+      parents=tuple(tips),
+      message=message or f"Merge {', '.join(refs)} into {target}",
+      author=author,
+      time=time,
+      recipe=recipes.of_merge(
+        method, base_id, [commit.id for commit in sides], one_sided
+      ),
+      verb="merge",
     ),
-    verb="merge",
   )
 
 

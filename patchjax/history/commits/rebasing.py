@@ -100,15 +100,17 @@ def cherry_pick(
     repo,
     values.named(result),
     ours,
-    branch=branch,
-    expected=tip,
-    parents=(tip,),
-    message=commit.message if message is None else message,
-    author=author or commit.author,
-    time=commit.when if time is None else time,
-    recipe=_recipe(commit, method),
-    patch=_patch(repo, commit, repo.show(tip).tree) if plain else None,
-    verb="cherry-pick",
+    committing.Draft(
+      branch=branch,
+      expected=tip,
+      parents=(tip,),
+      message=commit.message if message is None else message,
+      author=author or commit.author,
+      time=commit.when if time is None else time,
+      recipe=_recipe(commit, method),
+      patch=_patch(repo, commit, repo.show(tip).tree) if plain else None,
+      verb="cherry-pick",
+    ),
   )
 
 
@@ -243,14 +245,16 @@ def _again(values: Any, commit: Commit, at: _Version, method: Any) -> _Version:
     repo,
     values.named(leaves),
     at.leaves,
-    branch=None,
-    expected=None,
-    parents=(at.commit,),
-    message=commit.message,
-    author=commit.author,
-    time=commit.when,
-    recipe=_recipe(commit, method),
-    patch=_patch(repo, commit, at.tree) if plain else None,
+    committing.Draft(
+      branch=None,
+      expected=None,
+      parents=(at.commit,),
+      message=commit.message,
+      author=commit.author,
+      time=commit.when,
+      recipe=_recipe(commit, method),
+      patch=_patch(repo, commit, at.tree) if plain else None,
+    ),
   )
   return _Version(made, repo.objects.commit(made).tree, leaves)
 

@@ -118,20 +118,22 @@ def revert(
     repo,
     values.named(result),
     ours,
-    branch=branch,
-    expected=tip,
-    parents=(tip,),
-    message=message
-    or f'Revert "{commit.title}"\n\nThis reverts commit {commit.id}.',
-    author=author,
-    time=time,
-    recipe={
-      "kind": "revert",
-      "commit": commit.id,
-      "to": parent.id,
-      **asked,
-    },
-    verb="revert",
+    committing.Draft(
+      branch=branch,
+      expected=tip,
+      parents=(tip,),
+      message=message
+      or f'Revert "{commit.title}"\n\nThis reverts commit {commit.id}.',
+      author=author,
+      time=time,
+      recipe={
+        "kind": "revert",
+        "commit": commit.id,
+        "to": parent.id,
+        **asked,
+      },
+      verb="revert",
+    ),
   )
 
 
