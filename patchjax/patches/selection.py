@@ -182,8 +182,10 @@ def key_widths(
     bits: of the magnitude.
   """
   rows, columns = zip(*map(placement.extents, shapes), strict=True)
-  sizes = (len(shapes), max(rows), max(columns))
-  return (bits, *(max(size - 1, 1).bit_length() for size in sizes))
+  words = (max(size - 1, 1).bit_length() for size in (max(rows), max(columns)))
+  # A leaf that is searched alone has no others before or after it.
+  leaves = (len(shapes) - 1).bit_length()
+  return (bits, leaves, *words)
 
 
 def thresholds(state: Search) -> tuple[Array, Array]:
@@ -239,6 +241,7 @@ def count_at_least(
   masks = []
   index: tuple[Array, Array] | None = None
   for state in states:
+    leaf = _alone(leaf, state)
     words, _ = thresholds(state)
     if len(state.widths) == 1:
       masks += [keys >= word.astype(keys.dtype) for word in words]
@@ -340,8 +343,15 @@ def keep_keys(keys: Array, leaf: placement.Leaf, state: Search) -> Array:
   if len(state.widths) == 1:
     mask = keys >= state.found[0].astype(keys.dtype)
   else:
-    mask = _not_below(keys, leaf, leaf.index(), state.found)
+    mask = _not_below(keys, _alone(leaf, state), leaf.index(), state.found)
   return mask & some
+
+
+def _alone(leaf: placement.Leaf, state: Search) -> placement.Leaf:
+  """Returns the leaf as the only one, if it is the only one searched."""
+  if len(state.widths) == 1 or state.widths[1]:
+    return leaf
+  return dataclasses.replace(leaf, after=np.uint32(0))
 
 
 def cut_key(state: Search) -> Array:

@@ -79,6 +79,27 @@ def check_density(
     )
 
 
+@jax.custom_jvp
+def selecting(share: Array) -> Array:
+  """Returns a share that entries are compared with: it has no derivative.
+
+  Args:
+    share: a float array.
+
+  Raises:
+    SelectionError: if a derivative with respect to it is taken.
+  """
+  return share
+
+
+def _selecting_jvp(primals, tangents):
+  _refuse_tangents(tangents)
+  return primals[0], tangents[0]
+
+
+selecting.defjvp(_selecting_jvp, symbolic_zeros=True)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _entries(size: int, density: Array) -> Array:
   scaled = density * jnp.float32(1e6)
@@ -93,13 +114,17 @@ def _entries(size: int, density: Array) -> Array:
   )
 
 
-def _entries_jvp(size, primals, tangents):
+def _refuse_tangents(tangents):
   if not isinstance(tangents[0], jax.custom_derivatives.SymbolicZero):
     raise SelectionError(
-      "a density has no derivative: it selects entries by rank. "
+      "a density has no derivative: it selects entries by rank or at random. "
       "Differentiate the smooth numbers (weights, scale, t) and hold the "
       "density fixed (close over it), or vmap over a grid of densities"
     )
+
+
+def _entries_jvp(size, primals, tangents):
+  _refuse_tangents(tangents)
   out = _entries(size, *primals)
   return out, np.zeros(out.shape, jax.dtypes.float0)
 
