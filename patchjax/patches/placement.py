@@ -218,6 +218,31 @@ def sum_over_shards(f: Callable, x: Any, leaf: Leaf, *rest: Any) -> Any:
   return mapped(x, leaf.identity, leaf.after, rest)
 
 
+def on_shards(f: Callable, x: Any, leaf: Leaf, *rest: Any) -> Any:
+  """Returns `f(x, leaf, *rest)`, an array of the leaf's shape, by shards.
+
+  Args:
+    f: of one shard, with the shard's `Leaf` (`manual`), what it returns has
+      the shard's shape; integers or booleans, since no derivative goes
+      through.
+    x: an array of the leaf's shape, or a pytree of such arrays.
+    leaf: where they are; without a known mesh f is called as it is.
+    *rest: further arrays, the same everywhere.
+  """
+  if leaf.mesh is None:
+    return f(x, leaf, *rest)
+  manual = dataclasses.replace(leaf, manual=True)
+
+  def shard(x, identity, after, rest):
+    here = dataclasses.replace(manual, identity=identity, after=after)
+    return f(x, here, *rest)
+
+  none = jax.sharding.PartitionSpec()
+  specs = (_spec(leaf), none, none, none)
+  mapped = _shard_map(shard, leaf, specs, _spec(leaf))
+  return mapped(x, leaf.identity, leaf.after, rest)
+
+
 @functools.lru_cache(maxsize=65536)
 def identity_of(name: str) -> np.ndarray:
   """Returns two words of a stable hash of a leaf's name, `uint32[2]`.

@@ -1,0 +1,110 @@
+"""Sums over a leaf of what another step keeps of it.
+
+Some steps scale by a sum over what a selection leaves: over the L1 norm, or
+the energies that weigh contributors. Such a step holds the selecting one in
+its options, as a spec. Its passes are those of the selection, and then one
+more, in which the sums of a pass are those of the settled selection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from patchjax.merging.conflict import sums
+from patchjax.patches import transform
+
+Array = Any
+
+
+def spec_of(selection: transform.Transform) -> tuple[Any, ...]:
+  """Returns the option `of` that stands for a selecting step.
+
+  Args:
+    selection: a single step that counts over leaves, or not at all.
+
+  Raises:
+    ValueError: if it is not.
+  """
+  scopes = {transform.scope_of(*stage) for stage in selection.stages}
+  if len(selection.stages) != 1 or not scopes <= {"leaf", "none"}:
+    raise ValueError(
+      "expected one step that counts over single leaves or not at all, got "
+      f"{selection}"
+    )
+  return selection.spec
+
+
+def _found(of: tuple[Any, ...]) -> tuple[transform.Step, dict[str, Any], bool]:
+  """The step of a spec, its options, and whether it counts."""
+  ((step, options),) = transform.from_spec(of, ({},)).stages
+  return step, dict(options), transform.scope_of(step, options) != "none"
+
+
+def kept(leaf, deltas, state, carry, of) -> tuple[Array, ...]:
+  """Returns what the selection keeps, once (or as far as) it is settled.
+
+  Args:
+    leaf: where the leaf is.
+    deltas: of the contributors.
+    state: of the step: the numbers of the selection are in it.
+    carry: of the step.
+    of: its option.
+  """
+  step, options, counts = _found(of)
+  inner = carry[0] if counts else None
+  return step.update(leaf, deltas, None, state, inner, **options)
+
+
+def passes(
+  summed: Callable[..., tuple[Array, ...]],
+) -> dict[str, Callable[..., Any]]:
+  """Returns `start`, `reduce`, `finish`, `scope` of a step that sums.
+
+  The step has the option `of`; its carry ends with the sums, an array of
+  `[len(summed(...))]`.
+
+  Args:
+    summed: `(deltas, kept)`, the arrays whose sums over the leaf are wanted.
+
+  Returns:
+    keyword arguments of `Step`.
+  """
+
+  def start(state, shapes, k, *, of, **rest):
+    del rest
+    step, options, counts = _found(of)
+    inner = step.start(state, shapes, k, **options) if counts else ()
+    terms = summed(*(((np.zeros(()),) * k,) * 2))
+    return inner, np.asarray(not counts), np.zeros(len(terms), np.float32)
+
+  def reduce(leaf, deltas, state, carry, *, of, **rest):
+    del rest
+    step, options, counts = _found(of)
+    seen = ()
+    if counts:
+      seen = step.reduce(leaf, deltas, state, carry[0], **options)
+    terms = summed(deltas, kept(leaf, deltas, state, carry, of))
+    total = sums.totals(terms, local=leaf.local)
+    return seen, total.astype(jnp.float32)
+
+  def finish(total, carry, *, of, **rest):
+    del rest
+    step, options, counts = _found(of)
+    seen, summed_up = total
+    inner, settled, _ = carry
+    if not counts:
+      return (inner, jnp.asarray(True), summed_up), jnp.asarray(True)
+    # A settled selection does not change any more.
+    inner, now = step.finish(seen, inner, **options)
+    return (inner, now, summed_up), jnp.asarray(settled)
+
+  return {
+    "start": start,
+    "reduce": reduce,
+    "finish": finish,
+    "scope": lambda **_: "leaf",
+  }
