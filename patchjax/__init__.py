@@ -65,6 +65,7 @@ __getattr__, __dir__ = attach(
     "vetting",
     "releases",
     "interop",
+    "views",
     "cli",
     "demo",
   ),

@@ -12,6 +12,7 @@ import click
 from patchjax.cli import (
   bisecting,
   candidates,
+  conflicting,
   files,
   graph,
   inspection,
@@ -116,6 +117,7 @@ for _module in (
   files,
   inspection,
   candidates,
+  conflicting,
   graph,
   bisecting,
   remotes,

@@ -119,6 +119,7 @@ def merge(
         repo.checkout(start),
         [repo.checkout(ref) for ref in sides],
         method=chain,
+        labels=[ref[:12] for ref in sides],
       )
     emit(as_json, report.to_json(), lambda: str(report))
     return
