@@ -21,32 +21,28 @@ def merge_method(name: str, arguments: Mapping[str, Any]) -> Any:
   """Returns the merge method of a name, with the arguments that it takes.
 
   Args:
-    name: name of a function in `patchjax.merging.methods`.
+    name: name of one of `patchjax.merging.methods.METHODS`.
     arguments: arguments by name.
   """
   import inspect
 
-  from patchjax.merging import methods
+  from patchjax.merging.methods import BY_NAME
   from patchjax.trees.suggest import did_you_mean, list_names
 
-  known = {
-    key: function
-    for key, function in inspect.getmembers(methods, inspect.isfunction)
-    if function.__module__ == methods.__name__ and not key.startswith("_")
-  }
-  if name not in known:
+  if name not in BY_NAME:
     raise click.BadParameter(
-      f"{name!r} is none of {list_names(known)}. {did_you_mean(name, known)}",
+      f"{name!r} is none of {list_names(BY_NAME)}. "
+      f"{did_you_mean(name, BY_NAME)}",
       param_hint="--method",
     )
-  takes = inspect.signature(known[name]).parameters
+  takes = inspect.signature(BY_NAME[name]).parameters
   for key in arguments:
     if key not in takes:
       raise click.BadParameter(
         f"{name} has no argument {key!r}; it takes {list_names(takes)}"
       )
   try:
-    return known[name](**arguments)
+    return BY_NAME[name](**arguments)
   except (TypeError, ValueError) as error:
     raise click.BadParameter(f"{name}: {error}") from error
 

@@ -2,7 +2,31 @@
 
 from patchjax.merging.conflict import ConflictReport, conflicts
 from patchjax.merging.files import merge_files
-from patchjax.merging.methods import linear, task_arithmetic, ties
+from patchjax.merging.masks import keep_mask
+from patchjax.merging.methods import (
+  centered_clipping,
+  ema,
+  geometric_median,
+  karcher,
+  krum,
+  lawa,
+  linear,
+  lines,
+  median,
+  metagpt,
+  model_stock,
+  multislerp,
+  nuslerp,
+  passthrough,
+  slerp,
+  task_arithmetic,
+  ties,
+  trimmed_mean,
+  uniform_soup,
+  wise_ft,
+)
+from patchjax.merging.methods.coefficients import scale_by_depth
+from patchjax.merging.methods.soups import greedy_soup
 from patchjax.merging.running import combine, merge
 from patchjax.merging.steps import (
   disjoint_mean,
@@ -11,21 +35,44 @@ from patchjax.merging.steps import (
   scale,
   weighted_sum,
 )
+from patchjax.patches.perleaf import PerLeaf, per_leaf
 from patchjax.patches.trimming import trim
 
 __all__ = [
   "ConflictReport",
+  "PerLeaf",
+  "centered_clipping",
   "combine",
   "conflicts",
   "disjoint_mean",
   "elect_sign",
+  "ema",
+  "geometric_median",
+  "greedy_soup",
+  "karcher",
+  "keep_mask",
+  "krum",
+  "lawa",
   "linear",
+  "lines",
   "mean",
+  "median",
   "merge",
   "merge_files",
+  "metagpt",
+  "model_stock",
+  "multislerp",
+  "nuslerp",
+  "passthrough",
+  "per_leaf",
   "scale",
+  "scale_by_depth",
+  "slerp",
   "task_arithmetic",
   "ties",
   "trim",
+  "trimmed_mean",
+  "uniform_soup",
   "weighted_sum",
+  "wise_ft",
 ]

@@ -1,53 +1,13 @@
-"""Merge methods: keyword-only recipes that return a chain of steps."""
+"""Methods that elect a sign for each entry, and merge what agrees with it."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 from patchjax.merging import steps
+from patchjax.merging.methods import options
 from patchjax.patches.transform import Transform, chain
 from patchjax.patches.trimming import trim
-
-
-def linear(*, weights: Any = 1.0) -> Transform:
-  """Returns the weighted mean of the contributors' parameters.
-
-  `sum_i w_i x_i / sum_i w_i`, written as the base plus the weighted mean of
-  the task vectors, which is the same: a model soup (Wortsman et al. 2022,
-  https://arxiv.org/abs/2203.05482), or FedAvg with example counts as weights.
-
-  Args:
-    weights: one a contributor, or one for all; traced, differentiable.
-
-  Example:
-    >>> import numpy as np, patchjax as pj
-    >>> base, a, b = ({"w": np.float32([x])} for x in (0, 1, 4))
-    >>> pj.merge(base, [a, b], pj.merging.linear(weights=[3, 1]))["w"].tolist()
-    [1.75]
-  """
-  return steps.weighted_sum(weights=_numbers(weights), normalize=True)
-
-
-def task_arithmetic(*, weights: Any = 1.0, scale: Any = 1.0) -> Transform:
-  """Returns `base + scale * sum_i w_i (x_i - base)`.
-
-  Ilharco et al. 2023 (https://arxiv.org/abs/2212.04089); their scale on eight
-  vision tasks is 0.3 to 0.4.
-
-  Args:
-    weights: one a contributor, or one for all; traced, differentiable.
-    scale: lambda; traced, differentiable.
-
-  Example:
-    >>> import numpy as np, patchjax as pj
-    >>> base, a, b = ({"w": np.float32([x])} for x in (1, 2, 4))
-    >>> method = pj.merging.task_arithmetic(scale=0.5)
-    >>> pj.merge(base, [a, b], method)["w"].tolist()
-    [3.0]
-  """
-  return chain(
-    steps.weighted_sum(weights=_numbers(weights)), steps.scale(scale)
-  )
 
 
 def ties(
@@ -91,8 +51,7 @@ def ties(
     >>> pj.merge(base, [a, b], method)["w"].tolist()
     [3.0, -5.0, 1.0, 1.0]
   """
-  if flavour not in ("paper", "mergekit"):
-    raise ValueError(f"flavour must be 'paper' or 'mergekit', got {flavour!r}")
+  options.check_flavour(flavour)
   paper = flavour == "paper"
   if weights_in_election is None:
     weights_in_election = not paper
@@ -100,10 +59,10 @@ def ties(
     exact_k = not paper
   if one_more is None:
     one_more = paper and not exact_k
-  weights = _numbers(weights)
+  weights = options.numbers(weights)
   return chain(
     trim(
-      density=_numbers(density),
+      density=options.numbers(density),
       scope=scope or ("tree" if paper else "leaf"),
       exact_k=exact_k,
       one_more=one_more,
@@ -116,12 +75,3 @@ def ties(
     steps.disjoint_mean(weights=weights, in_sum=not weights_in_election),
     steps.scale(scale),
   )
-
-
-def _numbers(value: Any) -> Any:
-  """A list of numbers as one array: a leaf of the method's pytree."""
-  if isinstance(value, list | tuple):
-    import jax.numpy as jnp
-
-    return jnp.stack([jnp.asarray(v, jnp.float32) for v in value])
-  return value

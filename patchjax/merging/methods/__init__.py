@@ -1,0 +1,60 @@
+"""Merge methods: keyword-only recipes that return a chain of steps.
+
+Each lives in a module of its topic; `METHODS` lists them all. A method of a
+published name gives what the paper's code gives; where mergekit computes
+something else under the same name, `flavour="mergekit"` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from patchjax.merging.methods.averages import (
+  linear,
+  passthrough,
+  task_arithmetic,
+)
+from patchjax.merging.methods.coefficients import lines, metagpt, model_stock
+from patchjax.merging.methods.robust import (
+  centered_clipping,
+  geometric_median,
+  krum,
+  median,
+  trimmed_mean,
+)
+from patchjax.merging.methods.signs import ties
+from patchjax.merging.methods.soups import ema, lawa, uniform_soup, wise_ft
+from patchjax.merging.methods.spherical import (
+  karcher,
+  multislerp,
+  nuslerp,
+  slerp,
+)
+
+METHODS: tuple[Callable[..., Any], ...] = (
+  centered_clipping,
+  ema,
+  geometric_median,
+  karcher,
+  krum,
+  lawa,
+  linear,
+  lines,
+  median,
+  metagpt,
+  model_stock,
+  multislerp,
+  nuslerp,
+  passthrough,
+  slerp,
+  task_arithmetic,
+  ties,
+  trimmed_mean,
+  uniform_soup,
+  wise_ft,
+)
+"""Every merge method: found by name in the command line, each held to a
+reference and to the paper by the tests."""
+
+BY_NAME: dict[str, Callable[..., Any]] = {f.__name__: f for f in METHODS}
