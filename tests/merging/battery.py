@@ -20,9 +20,11 @@ Outputs of mergekit are found by the names of methods in `tests/golden`: no
 row is needed for them, beyond that a method takes `flavour="mergekit"` where
 it differs.
 
-A compilation is what a test costs. Leaves here have one shape wherever
-possible, so that they share a program, and rows whose programs take more than
-half a second to compile say `heavy`: they are run in fewer places.
+A compilation is what a test costs. So all leaves have one shape and share a
+program; a row that is a variant of another is run in fewer places, and so is
+one that says `heavy`, because its programs take more than half a second each.
+Give those two contributors rather than three. `test_methods.py` says what is
+run where.
 """
 
 import dataclasses
@@ -97,10 +99,14 @@ CASES: dict[str, Case] = {
     {"weights": WEIGHTS}, swept={"weights": OTHER}, alone={}, agreed={}
   ),
   "linear/baseless": Case({"weights": WEIGHTS}, base=False),
+  "linear/sum": Case({"weights": WEIGHTS, "normalize": False}, base=False),
   "task_arithmetic": Case(
     {"weights": WEIGHTS, "scale": 0.4},
     swept={"weights": OTHER, "scale": 0.3},
-    alone={"scale": 1.0},
+    alone={"scale": 1.0, "weights": 1.0},
+  ),
+  "passthrough": Case(
+    {"scale": 0.5}, swept={"scale": 0.25}, contributors=1, alone={"scale": 1.0}
   ),
   "uniform_soup": Case(alone={}, agreed={}),
   "wise_ft": Case(
@@ -237,51 +243,41 @@ def method_of(name: str) -> str:
 # Models.
 
 
-def model(seed: int, dtype: str, *, whole: bool, spread: float = 1.0) -> Any:
-  """A tree of random leaves."""
+def model(seed: int, dtype: str, spread: float = 1.0) -> Any:
+  """A tree of random leaves of one shape, and an integer."""
   rng = np.random.default_rng(seed)
 
-  def draw(*shape):
-    return (spread * rng.standard_normal(shape)).astype(np.float32)
+  def draw():
+    return (spread * rng.standard_normal(SHAPE)).astype(DTYPES[dtype])
 
-  tree: dict[str, Any] = {
-    "layers": {str(i): {"kernel": draw(*SHAPE)} for i in range(2)},
-    "step": np.int32(7),
-  }
-  if whole:
-    tree["norm"] = draw(12)
-  return jax.tree.map(
-    lambda x: x if x.dtype == np.int32 else x.astype(DTYPES[dtype]), tree
-  )
+  layers = {str(i): {"kernel": draw()} for i in range(2)}
+  return {"layers": layers, "step": np.int32(7)}
 
 
-def models(
-  count: int, dtype: str = "float32", *, whole: bool = False
-) -> tuple[Any, list[Any]]:
+def models(count: int, dtype: str = "float32") -> tuple[Any, list[Any]]:
   """A base, and contributors around it.
 
   Args:
     count: how many contributors.
     dtype: of the leaves.
-    whole: whether there is a vector beside the two matrices of one shape.
   """
-  base = model(0, dtype, whole=whole)
+  base = model(0, dtype)
 
   def add(x, d):
     if x.dtype == np.int32:
       return x
     return (np.float32(x) + np.float32(d)).astype(x.dtype)
 
-  near = [model(i + 1, dtype, whole=whole, spread=0.1) for i in range(count)]
+  near = [model(i + 1, dtype, spread=0.1) for i in range(count)]
   return base, [jax.tree.map(add, base, d) for d in near]
 
 
 def named(tree: Any) -> dict[str, np.ndarray]:
   """The floating point leaves by text name, wide enough to hold them."""
-  out = {f"layers/{i}/kernel": tree["layers"][i]["kernel"] for i in ("0", "1")}
-  if "norm" in tree:
-    out["norm"] = tree["norm"]
-  return {name: np.asarray(x).astype(np.float32) for name, x in out.items()}
+  return {
+    f"layers/{i}/kernel": np.asarray(layer["kernel"]).astype(np.float32)
+    for i, layer in sorted(tree["layers"].items())
+  }
 
 
 def put(tree: Any, mesh: jax.sharding.Mesh) -> Any:
