@@ -236,12 +236,25 @@ def bytes_of(section, count):
   if not data:
     return bytes(count)
   if form == 3:
-    packed = bytes_of((1, data), -(-count // 4))
-    return bytes(packed[i // 4] >> 2 * (i % 4) & 3 for i in range(count))
+    low, high = digits_of(data[:8], data[8:], count)
+    return bytes(a + 4 * b for a, b in zip(low, high))
   decoder = zstandard.ZstdDecompressor(
     format=zstandard.FORMAT_ZSTD1_MAGICLESS, max_window_size=1 << 20
   )
   return decoder.decompress(data, max_output_size=count)
+
+
+def digits_of(lengths, data, count):
+  at = 0
+  for spelled in np.frombuffer(lengths, "<u4").tolist():
+    length = spelled & (1 << 30) - 1
+    form, part = spelled >> 30, data[at : at + length]
+    at += length
+    if form == 2:
+      yield rare_digits(part, count)
+    else:
+      packed = bytes_of((form, part), -(-count // 4))
+      yield [packed[i // 4] >> 2 * (i % 4) & 3 for i in range(count)]
 
 
 def test_a_sparse_stream_says_what_changed():

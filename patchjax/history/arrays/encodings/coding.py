@@ -31,6 +31,7 @@ _RAW, _CODED, _GAPS, _DIGITS = 0, 1, 2, 3
 _FORM = 30  # the bit from which on a length holds the form
 _FACTS = 3  # numbers before the lengths
 
+_SHORT = 64  # bytes that are not cut into digits
 _RARE = 8  # digits set less often than one in so many are held by positions
 
 _RARE_FACTS = 6  # numbers before their sections: how many, and five lengths
@@ -85,10 +86,12 @@ def code_bytes(octets: np.ndarray) -> Section:
   largest = int(octets.max(initial=0))
   if not largest:
     return EMPTY
-  if largest < 4 and octets.size >= 64:
-    # Among so few values everything is a match.
-    form, data = _packed(_pack_fours(octets))
-    return (_DIGITS, data) if form == _CODED else (_RAW, octets.tobytes())
+  if largest < 16 and octets.size >= _SHORT:
+    # Among so few values everything is a match: denser, hardly anything is.
+    digits = [code_digits(octets, k) for k in (0, 1)]
+    lengths = np.array([_spell(section) for section in digits], "<u4")
+    data = lengths.tobytes() + digits[0][1] + digits[1][1]
+    return (_DIGITS, data) if len(data) < octets.size else _packed(octets)
   return _packed(octets)
 
 
@@ -111,8 +114,13 @@ def decode_bytes(section: Section, size: int) -> np.ndarray:
   """
   form, data = section
   if form == _DIGITS:
-    fours = decode_bytes((_CODED, data), -(-size // 4))
-    return _FOURS[fours].view(np.uint8)[:size]
+    if len(data) < 8:
+      raise ValueError(f"{len(data)} bytes of digits")
+    octets = np.zeros(-(-size // 4) * 4, np.uint8)
+    lengths = np.frombuffer(data[:8], "<u4").tolist()
+    for k, digit in enumerate(_split(lengths, data[8:])):
+      add_digits(octets, k, digit)
+    return octets[:size]
   if form == _CODED:
     if not data:
       return np.zeros(size, np.uint8)
