@@ -1,10 +1,18 @@
 """Merging: steps, methods, and the functions that run them."""
 
 from patchjax.merging.conflict import ConflictReport, conflicts
+from patchjax.merging.dropping import drop
+from patchjax.merging.dropping_by_rank import drop_by_rank
 from patchjax.merging.files import merge_files
 from patchjax.merging.masks import keep_mask
 from patchjax.merging.methods import (
+  breadcrumbs,
+  breadcrumbs_ties,
   centered_clipping,
+  dare_linear,
+  dare_ties,
+  della,
+  della_linear,
   ema,
   geometric_median,
   karcher,
@@ -27,6 +35,8 @@ from patchjax.merging.methods import (
 )
 from patchjax.merging.methods.coefficients import scale_by_depth
 from patchjax.merging.methods.soups import greedy_soup
+from patchjax.merging.middling import keep_between
+from patchjax.merging.rescaling import keep_l1
 from patchjax.merging.running import combine, merge
 from patchjax.merging.steps import (
   disjoint_mean,
@@ -41,15 +51,25 @@ from patchjax.patches.trimming import trim
 __all__ = [
   "ConflictReport",
   "PerLeaf",
+  "breadcrumbs",
+  "breadcrumbs_ties",
   "centered_clipping",
   "combine",
   "conflicts",
+  "dare_linear",
+  "dare_ties",
+  "della",
+  "della_linear",
   "disjoint_mean",
+  "drop",
+  "drop_by_rank",
   "elect_sign",
   "ema",
   "geometric_median",
   "greedy_soup",
   "karcher",
+  "keep_between",
+  "keep_l1",
   "keep_mask",
   "krum",
   "lawa",

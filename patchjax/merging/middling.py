@@ -95,7 +95,9 @@ def _between_ranks(state, shapes, k, *, fill, scope):
 
 
 def _between(leaf, deltas, base, state, searches, *, fill, scope):
-  del base, state, scope
+  del base, state
+  if not leaf.shape and not fill and scope == "leaf":
+    return deltas
   out = []
   for i, (key, delta) in enumerate(zip(_keys(deltas, fill), deltas)):
     outer, inner = (

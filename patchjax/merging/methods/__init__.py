@@ -25,6 +25,14 @@ from patchjax.merging.methods.robust import (
 )
 from patchjax.merging.methods.signs import ties
 from patchjax.merging.methods.soups import ema, lawa, uniform_soup, wise_ft
+from patchjax.merging.methods.sparse import (
+  breadcrumbs,
+  breadcrumbs_ties,
+  dare_linear,
+  dare_ties,
+  della,
+  della_linear,
+)
 from patchjax.merging.methods.spherical import (
   karcher,
   multislerp,
@@ -33,7 +41,13 @@ from patchjax.merging.methods.spherical import (
 )
 
 METHODS: tuple[Callable[..., Any], ...] = (
+  breadcrumbs,
+  breadcrumbs_ties,
   centered_clipping,
+  dare_linear,
+  dare_ties,
+  della,
+  della_linear,
   ema,
   geometric_median,
   karcher,
