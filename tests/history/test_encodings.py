@@ -637,3 +637,12 @@ def test_a_section_that_claims_a_size_of_its_own_is_refused():
   ).compress(bytes(1000))
   with pytest.raises(ValueError, match="its own size"):
     coding.decode_bytes((1, data), 1000)
+
+
+def test_sections_in_sections_come_to_an_end():
+  form, data = 3, b""
+  for _ in range(5000):
+    spelled = np.array([form << 30 | len(data), 0], "<u4")
+    data = spelled.tobytes() + data
+  with pytest.raises(ValueError, match="digits for"):
+    coding.decode_bytes((form, data), 1 << 20)

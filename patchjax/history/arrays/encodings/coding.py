@@ -114,8 +114,9 @@ def decode_bytes(section: Section, size: int) -> np.ndarray:
   """
   form, data = section
   if form == _DIGITS:
-    if len(data) < 8:
-      raise ValueError(f"{len(data)} bytes of digits")
+    # Each section within another is for fewer bytes: there is an end to it.
+    if len(data) < 8 or size < _SHORT:
+      raise ValueError(f"{len(data)} bytes of digits for {size} bytes")
     octets = np.zeros(-(-size // 4) * 4, np.uint8)
     lengths = np.frombuffer(data[:8], "<u4").tolist()
     for k, digit in enumerate(_split(lengths, data[8:])):
@@ -262,8 +263,8 @@ def _decode_rare(data: bytes, size: int) -> tuple[np.ndarray, np.ndarray]:
     raise ValueError(f"{len(data)} bytes of rare digits")
   head = np.frombuffer(data[: 4 * _RARE_FACTS], "<u4")
   count, *lengths = head.tolist()
-  if count > size:
-    raise ValueError(f"{count} digits among {size}")
+  if count * _RARE > size:
+    raise ValueError(f"{count} rare digits among {size}")
   *gaps, values = _split(lengths, data[4 * _RARE_FACTS :])
   at = decode_positions(gaps, count, size)
   return at, (decode_bytes(values, count) + np.uint8(1)) & np.uint8(3)
