@@ -18,7 +18,7 @@ from patchjax.merging.conflict import sums
 from patchjax.patches import placement
 from patchjax.patches.apply import apply
 from patchjax.patches.patch import Patch
-from patchjax.trees.dtypes import is_array
+from patchjax.trees.dtypes import is_array, widened
 from patchjax.trees.names import flatten
 
 Array = Any
@@ -79,7 +79,7 @@ def ggn_products(
         for n, s in shift.items()
       }
       out = apply_fn(jax.tree.unflatten(treedef, moved.values()), probes)
-      return out.astype(jnp.promote_types(out.dtype, jnp.float32))
+      return out.astype(widened(out.dtype))
 
     zero = jax.tree.map(jnp.zeros_like, shifts[0])
     out, forward = jax.linearize(logits, zero)
@@ -148,8 +148,7 @@ def divergences(
 
   def log_probs(params):
     logits = jnp.asarray(apply_fn(params, probes))
-    wide = jnp.promote_types(logits.dtype, jnp.float32)
-    return jax.nn.log_softmax(logits.astype(wide))
+    return jax.nn.log_softmax(logits.astype(widened(logits.dtype)))
 
   new = log_probs(merged)
   found = []
