@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from patchjax.merging.methods.arcs import nuslerp, slerp
 from patchjax.merging.methods.averages import (
   linear,
   passthrough,
@@ -33,12 +34,7 @@ from patchjax.merging.methods.sparse import (
   della,
   della_linear,
 )
-from patchjax.merging.methods.spherical import (
-  karcher,
-  multislerp,
-  nuslerp,
-  slerp,
-)
+from patchjax.merging.methods.spherical import karcher, multislerp
 
 METHODS: tuple[Callable[..., Any], ...] = (
   breadcrumbs,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from patchjax.merging import gram
 from patchjax.merging.methods import options
+from patchjax.merging.methods.lengths import root
 from patchjax.patches import transform
 from patchjax.patches.perleaf import PerLeaf
 from patchjax.patches.transform import Transform
@@ -83,16 +84,9 @@ def _pairs(k):
   return [(i, j) for i in range(k) for j in range(i + 1, k)]
 
 
-def _root(square):
-  # The derivative of a root is not finite at 0.
-  some = square > jnp.zeros_like(square)
-  root = jnp.sqrt(jnp.where(some, square, jnp.ones_like(square)))
-  return jnp.where(some, root, jnp.zeros_like(root))
-
-
 def _stock(dots, state, k, *, average, flavour):
   del state
-  lengths = [_root(dots[i, i]) for i in range(k)]
+  lengths = [root(dots[i, i]) for i in range(k)]
   products = {(i, j): dots[i, j] for i, j in _pairs(k)}
   return (_stock_share(lengths, products, average, flavour),) * k
 
@@ -104,7 +98,7 @@ def _stock_rows(leaf, deltas, base, state, shared, *, average, flavour):
   def dot(x, y):
     return jnp.sum(x * y, axis=-1, keepdims=True) if leaf.shape else x * y
 
-  lengths = [_root(dot(d, d)) for d in deltas]
+  lengths = [root(dot(d, d)) for d in deltas]
   products = {(i, j): dot(deltas[i], deltas[j]) for i, j in _pairs(k)}
   share = _stock_share(lengths, products, average, flavour)
   return transform.rounded(share * functools.reduce(jnp.add, deltas))

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from patchjax.merging import gram
+from patchjax.merging.methods import lengths
 from patchjax.patches import transform
 
 Array = Any
@@ -106,8 +107,4 @@ def to_mean(squares: Array, shares: Array) -> Array:
   """
   near = jnp.sum(squares * shares[None, :], axis=1)
   half = jnp.sum(near * shares) * jnp.asarray(0.5).astype(near.dtype)
-  square = near - half
-  # The derivative of a root is not finite at 0.
-  some = square > jnp.zeros_like(square)
-  root = jnp.sqrt(jnp.where(some, square, jnp.ones_like(square)))
-  return jnp.where(some, root, jnp.zeros_like(root))
+  return lengths.root(near - half)

@@ -68,12 +68,12 @@ def trimmed_mean(*, drop: int = 1) -> Transform:
   return Transform.of(_TRIMMED, {}, drop=drop)
 
 
-def _in_order(values: tuple[Array, ...]) -> list[Array]:
+def _in_order(given: tuple[Array, ...]) -> list[Array]:
   """Sorts in each entry, by a network: k arrays stay k arrays.
 
   Rounds of neighbours, odd and even in turn: k rounds sort k values.
   """
-  values = list(values)
+  values = list(given)
   for start in range(len(values)):
     for i in range(start % 2, len(values) - 1, 2):
       a, b = values[i], values[i + 1]
