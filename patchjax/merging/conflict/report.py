@@ -187,14 +187,15 @@ class ConflictReport:
         "size",
         "changed",
         "overlap",
-        "opposite signs",
+        "opposed",
         "cancelled",
         "cosine",
       ],
       rows,
       title=(
-        "conflicts: overlap is a share of the changed entries, opposite "
-        "signs of the overlap,\ncancelled of its magnitude; mean cosine"
+        "conflicts: overlap is a share of the changed entries; opposed (of "
+        "opposite signs) of the\noverlap, cancelled of its magnitude; cosine "
+        "is the mean over pairs"
       ),
     )
     more = len(ranked) - _ROWS
@@ -220,9 +221,13 @@ class ConflictReport:
       if total.ggn is not None:
         row.append(f"{total.ggn[i][j]:+.4g}")
       rows.append(row)
-    columns = ["i, j", "norm of i", "norm of j", "overlap", "opposite signs"]
+    columns = ["i, j", "norm of i", "norm of j", "overlap", "opposed"]
     columns += ["cosine"] + ["GGN, nats"] * (total.ggn is not None)
-    return table(columns, rows, title="pairs, over all leaves")
+    return table(
+      columns,
+      rows,
+      title="pairs, over all leaves; overlap of the one that changes less",
+    )
 
   def _verdict(self) -> str:
     if len(self.total.norms) < 2:
