@@ -54,19 +54,19 @@ def _shard_ranks(keys: Array, leaf: placement.Leaf, axis: int) -> Array:
   rows = moved.reshape(-1, moved.shape[-1])
   names = leaf.axes[axis] if leaf.manual else ()
   if not names:
-    ranks = _whole_ranks(rows)
+    ranks = _whole_ranks(rows, leaf)
   else:
     devices = math.prod(lax.axis_size(name) for name in names)
     count = rows.shape[0]
     rows = jnp.pad(rows, ((0, -count % devices), (0, 0)))
     whole = lax.all_to_all(rows, names, 0, 1, tiled=True)
-    ranks = lax.all_to_all(_whole_ranks(whole), names, 1, 0, tiled=True)
-    ranks = ranks[:count]
+    ranks = _whole_ranks(whole, leaf)
+    ranks = lax.all_to_all(ranks, names, 1, 0, tiled=True)[:count]
   return jnp.moveaxis(ranks.reshape(moved.shape), -1, axis)
 
 
-def _whole_ranks(rows: Array) -> Array:
-  if rows.size < 1 << 12:  # Not worth a callback.
+def _whole_ranks(rows: Array, leaf: placement.Leaf) -> Array:
+  if leaf.manual or rows.size < 1 << 12:  # Few are not worth a callback.
     return _sorted_ranks(rows, 1)
   return lax.platform_dependent(
     rows, cpu=_called_back, default=lambda x: _sorted_ranks(x, 1)

@@ -101,7 +101,7 @@ def merge(
     changed |= inputs.agreed(named, own, rest)
   for key, leaves in inputs.grouped(floats, methods):
     one = methods[key]
-    changed |= _run(
+    changed |= run_leaves(
       leaves,
       # What is the base's own object is no change, unless the method may
       # change what all contributors have in common.
@@ -198,7 +198,9 @@ def combine(
     shapes = {name: tuple(named[name].shape) for name in floats}
   else:
     shapes = None
-  results = _run(floats, sources, method, state, as_params=False, shapes=shapes)
+  results = run_leaves(
+    floats, sources, method, state, as_params=False, shapes=shapes
+  )
   return Patch(
     {name: Delta(Dense(out[0]), "add") for name, out in results.items()},
     next((p.structure for p in patches if p.structure is not None), None),
@@ -234,7 +236,7 @@ def check_reducing(method: Transform, k: int) -> None:
     )
 
 
-def _run(
+def run_leaves(
   floats: Mapping[str, Any],
   sources: Sequence[Mapping[str, Any]],
   method: Transform,

@@ -17,12 +17,25 @@ from patchjax.merging.methods.averages import (
   task_arithmetic,
 )
 from patchjax.merging.methods.coefficients import lines, metagpt, model_stock
+from patchjax.merging.methods.consensus import (
+  consensus_ta,
+  emr,
+  pcb,
+)
 from patchjax.merging.methods.robust import (
   centered_clipping,
   geometric_median,
   krum,
   median,
   trimmed_mean,
+)
+from patchjax.merging.methods.selective import (
+  arcee_fusion,
+  magmax,
+  nearswap,
+  ram,
+  ramplus,
+  sce,
 )
 from patchjax.merging.methods.signs import ties
 from patchjax.merging.methods.soups import ema, lawa, uniform_soup, wise_ft
@@ -37,26 +50,35 @@ from patchjax.merging.methods.sparse import (
 from patchjax.merging.methods.spherical import karcher, multislerp
 
 METHODS: tuple[Callable[..., Any], ...] = (
+  arcee_fusion,
   breadcrumbs,
   breadcrumbs_ties,
   centered_clipping,
+  consensus_ta,
   dare_linear,
   dare_ties,
   della,
   della_linear,
   ema,
+  emr,
   geometric_median,
   karcher,
   krum,
   lawa,
   linear,
   lines,
+  magmax,
   median,
   metagpt,
   model_stock,
   multislerp,
+  nearswap,
   nuslerp,
   passthrough,
+  pcb,
+  ram,
+  ramplus,
+  sce,
   slerp,
   task_arithmetic,
   ties,

@@ -1,0 +1,78 @@
+"""weigh_by_energy: elect signs, and average what agrees by its energy."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from patchjax.merging import following
+from patchjax.merging.varying import keep_varied
+from patchjax.patches import transform
+
+
+def weigh_by_energy(
+  *, density: Any = 1.0, flavour: Literal["paper", "mergekit"] = "paper"
+) -> transform.Transform:
+  """Returns the step that averages contributors by the energy of their change.
+
+  All of SCE (Wan et al. 2024, https://arxiv.org/abs/2408.07990): what
+  `keep_varied` keeps gives the weights `w_i = mean(d_i^2)` of a leaf; in each
+  entry the sign of the sum is elected (zero counts as positive), and those of
+  that sign are averaged, `sum_i w_i d_i / sum_i w_i`.
+
+  Args:
+    density: share that `keep_varied` keeps; traced; has no derivative.
+    flavour: "paper": what varies less still takes part in election and mean;
+      weights are equal if all are 0. "mergekit": it does not; weights are
+      equal if they sum to less than 1e-6, and sums of them that divide are at
+      least 1e-6 after they were normalized.
+  """
+  select = keep_varied(density=density)
+  return transform.Transform.of(
+    _ENERGY,
+    select.numbers[0],
+    of=following.spec_of(select),
+    flavour=flavour,
+  )
+
+
+def _squares(deltas, kept):
+  del deltas
+  return tuple(d * d for d in kept)
+
+
+def _update(leaf, deltas, base, state, carry, *, of, flavour):
+  del base
+  mergekit = flavour == "mergekit"
+  if mergekit:
+    deltas = following.kept(leaf, deltas, state, carry, of)
+  energies = carry[2] * jnp.float32(1 / max(math.prod(leaf.shape), 1))
+  total = jnp.sum(energies)
+  some = total >= jnp.float32(1e-6) if mergekit else total > jnp.float32(0)
+  equal = jnp.full_like(energies, 1 / len(deltas))
+  weights = jnp.where(some, energies / jnp.where(some, total, 1.0), equal)
+  balance = functools.reduce(jnp.add, deltas)
+  nought = jnp.zeros_like(balance)
+  up = balance >= nought
+  sums = mass = nought
+  for d, weight in zip(deltas, weights):
+    weight = weight.astype(d.dtype)
+    agrees = jnp.where(up, d > nought, d < nought)
+    sums = sums + jnp.where(agrees, transform.rounded(d * weight), nought)
+    mass = mass + jnp.where(agrees, weight, nought)
+  if mergekit:
+    return sums / jnp.maximum(mass, jnp.asarray(1e-6, mass.dtype))
+  return sums / jnp.where(mass > nought, mass, jnp.ones_like(mass))
+
+
+_ENERGY = transform.register_step(
+  transform.Step(
+    name="weigh_by_energy",
+    update=_update,
+    reducing=True,
+    **following.passes(_squares),
+  )
+)
