@@ -28,6 +28,7 @@ run where.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +36,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+from patchjax.merging import keep_mask
+from tests.reference import merging_sparse
 
 P = jax.sharding.PartitionSpec
 
@@ -88,6 +92,33 @@ class Case:
   agreed: Mapping[str, Any] | None = None
   heavy: bool = False
   close: float = 1e-6
+
+
+def dare_masks(base, models, options, *, rng="hash"):
+  """What DARE keeps of each leaf with the key that all rows use."""
+  return _drawn(base, models, options, lambda share, delta, i: share, rng)
+
+
+def della_masks(base, models, options):
+  """What DELLA keeps of each leaf with the key that all rows use."""
+  epsilons = np.broadcast_to(options.get("epsilon", 0.15), len(models))
+
+  def likely(share, delta, i):
+    return merging_sparse.della_probabilities(delta, share, epsilons[i])
+
+  return _drawn(base, models, options, likely, "hash")
+
+
+def _drawn(base, models, options, likely, rng):
+  shares = np.broadcast_to(options.get("density", 0.5), len(models))
+
+  def mask(name, i):
+    if shares[i] >= 1:
+      return None
+    p = likely(shares[i], models[i][name] - base[name], i)
+    return np.asarray(keep_mask(5, name, base[name].shape, p, i, rng=rng))
+
+  return [{name: mask(name, i) for name in base} for i in range(len(models))]
 
 
 WEIGHTS = [0.5, 1.25, 0.75]
@@ -230,6 +261,106 @@ CASES: dict[str, Case] = {
     local=False,
     alone={"radius": 1e9},
     agreed={"radius": 1e9},
+  ),
+  # Sparse task vectors.
+  "dare_linear": Case(
+    {"weights": WEIGHTS, "density": [0.3, 0.5, 1.0], "scale": 0.7},
+    {"key": 5},
+    swept={"density": [0.4, 0.9, 0.2], "key": 6},
+    masks=dare_masks,
+    alone={"density": 1.0, "weights": 1.0, "scale": 1.0},
+  ),
+  "dare_linear/plain": Case(
+    {"rescale": False, "normalize": True},
+    {"key": 5, "rng": "threefry"},
+    masks=functools.partial(dare_masks, rng="threefry"),
+  ),
+  "dare_ties": Case(
+    {"weights": WEIGHTS, "density": 0.6, "trim": 0.3},
+    {"key": 5},
+    swept={"density": 0.4, "trim": 0.4, "scale": 0.5},
+    masks=dare_masks,
+    local=False,
+    alone={"density": 1.0, "trim": 1.0, "weights": 1.0},
+    agreed={"density": 1.0, "trim": 1.0, "weights": 1.0},
+  ),
+  "della": Case(
+    {"weights": WEIGHTS, "density": [0.3, 0.5, 1.0], "epsilon": 0.2},
+    {"key": 5},
+    swept={"density": 0.4, "epsilon": 0.1},
+    masks=della_masks,
+    alone={"density": 1.0, "weights": 1.0},
+    agreed={"density": 1.0, "weights": 1.0},
+  ),
+  "della_linear": Case(
+    {"density": 0.6, "scale": 0.4},
+    {"key": 5},
+    swept={"epsilon": 0.05, "scale": 0.3},
+    masks=della_masks,
+    alone={"density": 1.0, "scale": 1.0},
+  ),
+  "breadcrumbs": Case(
+    {"weights": WEIGHTS, "density": 0.5, "gamma": 0.15},
+    swept={"density": 0.7, "gamma": 0.3},
+    alone={"density": 1.0, "gamma": 0.0, "weights": 1.0},
+  ),
+  "breadcrumbs/leaf": Case(
+    {"density": [0.3, 0.5, 0.2], "gamma": [0.0, 0.05, 0.3], "scope": "leaf"}
+  ),
+  "breadcrumbs_ties": Case(
+    {"weights": WEIGHTS, "density": 0.5, "gamma": 0.15, "normalize": True},
+    swept={"density": 0.7, "scale": 0.3},
+    alone={"density": 1.0, "gamma": 0.0, "weights": 1.0},
+    agreed={"density": 1.0, "gamma": 0.0, "weights": 1.0},
+  ),
+  # Choices among contributors.
+  "sce": Case(
+    {"density": 0.4},
+    swept={"density": 0.7},
+    exact=False,
+    alone={"density": 1.0},
+    agreed={"density": 1.0},
+  ),
+  "ram": Case(
+    {"threshold": 0.05},
+    swept={"threshold": 0.1},
+    alone={"threshold": 0.0},
+    agreed={"threshold": 0.0},
+  ),
+  "ramplus": Case(
+    {"threshold": 0.05, "r": 0.3},
+    swept={"threshold": 0.1, "r": 0.2, "alpha": 0.5},
+    local=False,
+    alone={"threshold": 0.0},
+    agreed={"threshold": 0.0},
+  ),
+  "nearswap": Case(
+    {"t": 0.05}, swept={"t": 0.01}, contributors=1, alone={"t": 10.0}
+  ),
+  "arcee_fusion": Case(contributors=1, exact=False),
+  "magmax": Case(
+    {"scale": 0.4},
+    swept={"scale": 0.5},
+    alone={"scale": 1.0},
+    agreed={"scale": 1.0},
+  ),
+  "consensus_ta": Case(
+    {"threshold": [0.4, 0.5, 0.6], "scale": 0.3},
+    swept={"threshold": 0.2, "agreement": 1},
+    alone={"agreement": 1, "scale": 1.0},
+  ),
+  "emr": Case(
+    {"scale": 0.9},
+    swept={"scale": 0.7},
+    alone={"scale": 1.0},
+    agreed={"scale": 1.0},
+  ),
+  "pcb": Case(
+    {"density": 0.3, "scale": 1.2},
+    swept={"density": 0.5, "scale": 1.0},
+    exact=False,
+    local=False,
+    heavy=True,
   ),
 }
 

@@ -266,7 +266,7 @@ def breadcrumbs(
   *,
   density=0.1,
   gamma=0.01,
-  scope="row",
+  scope=None,
   weights=None,
   scale=1.0,
   normalize=False,
@@ -279,7 +279,7 @@ def breadcrumbs(
 
   Davari and Belilovsky 2024, https://arxiv.org/abs/2312.06795. The paper
   speaks of the weights of a layer; its code counts along the last axis, row by
-  row (`scope="row"`; a scalar stays), the share gamma of the largest first.
+  row (`scope="row"`, the default; a scalar stays), gamma of the largest first.
   mergekit counts over the leaf, and a density of at least 1 keeps all.
   """
   del masks
@@ -294,7 +294,7 @@ def breadcrumbs(
           kept = _middle_mergekit(x, share, top)
           delta[name] = rescaled(x, kept) if rescale else kept
       elif x.ndim:
-        rows = x.reshape(-1, x.shape[-1] if scope == "row" else x.size)
+        rows = x.reshape(-1, x.size if scope == "leaf" else x.shape[-1])
         kept = [_middle(row, share, top) for row in rows]
         delta[name] = np.stack(kept).reshape(x.shape)
   w = common.numbers(weights, k)

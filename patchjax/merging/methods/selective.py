@@ -103,7 +103,7 @@ def ramplus(
   return Transform.of(_RAMPLUS, numbers, scope=scope)
 
 
-def nearswap(*, t: Any = 1e-4, flavour: Flavour = "paper") -> Transform:
+def nearswap(*, t: Any, flavour: Flavour = "paper") -> Transform:
   """Returns NearSwap: the base moves to the contributor by at most t.
 
   `base + min(1, t / |x - base|) (x - base)`: parameters that are near each
