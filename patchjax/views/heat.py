@@ -60,7 +60,7 @@ def _percent(numbers: np.ndarray) -> tuple[float, float]:
 
 def _overlaps(numbers: np.ndarray) -> tuple[float, float]:
   most = np.max(numbers, initial=0.0, where=np.isfinite(numbers))
-  return 0.0, next(end for end in (5.0, 25.0, 100.0) if most <= end)
+  return 0.0, next(end for end in (5.0, 25.0, 50.0, 100.0) if most <= end)
 
 
 def _cosines(numbers: np.ndarray) -> tuple[float, float]:
@@ -125,7 +125,7 @@ _SCALES = {
     "viridis",
     _overlaps,
     "nothing is changed by either",
-    "{:.3g}".format,
+    "{:.1f}".format,
   ),
   "ggn": _Scale(
     _ggn,
