@@ -80,6 +80,8 @@ def run(
   donate: bool = False,
   traced: bool = False,
   streamed: bool = False,
+  dtype: Any = None,
+  shared: Sequence[Any] | None = None,
 ) -> Iterator[tuple[str, Any]]:
   """Yields `(name, result)` for each leaf, in the order of `leaves`.
 
@@ -96,33 +98,100 @@ def run(
     traced: whether to run inline, for a jit around this call.
     streamed: whether to wait for each leaf before the next is fetched, so
       that only a few are in memory.
+    dtype: of changed leaves, if not that of the base's.
+    shared: what `count` found over all leaves, where `leaves` are some only.
 
   Raises:
     NonFiniteError: eagerly, after the last leaf, if one holds NaN or Inf.
     SelectionError: if the state has the wrong number of parts.
     StructureError: if there is no base for a step that needs it.
   """
-  order = {name: i for i, name in enumerate(sorted(shapes))}
-  ordered = [shapes[name] for name in order]
-  if state is None:
-    sizes = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
-    state = transform.initial_state(method, sizes)
-  if len(state) != len(method.stages):
-    raise SelectionError(
-      f"the method has {len(method.stages)} steps and the state "
-      f"{len(state)} parts; make it with method.init(params)"
+  job = _Job.of(method, state, shapes, contributors, as_params)
+  runner = _Inline() if traced else _Eager(donate, streamed)
+  if shared is None:
+    shared = job.count(runner, leaves)
+  for it in job.items(leaves, shared):
+    here = job.plan
+    if as_params:
+      own = np.dtype(it.work.template.dtype if dtype is None else dtype)
+      here = dataclasses.replace(here, dtype=own)
+    yield it.name, runner.update(here, it)
+  runner.check(lambda name: job.item(name, leaves[name], shared))
+
+
+def count(
+  method: transform.Transform,
+  state: Any,
+  leaves: Leaves,
+  shapes: Mapping[str, tuple[int, ...]],
+  *,
+  contributors: int,
+  as_params: bool,
+  find: Callable[..., Any] | None = None,
+) -> list[Any]:
+  """Returns what each stage counts over the tree, eagerly and streamed.
+
+  Args:
+    method: see `run`.
+    state: see `run`.
+    leaves: all leaves that are worked on.
+    shapes: see `run`.
+    contributors: k.
+    as_params: see `run`.
+    find: `(plan, index, items, start, passes) -> carry`, finds what the stage
+      `index` counts in another way: `items()` goes over the leaves once,
+      `start` is the first carry, `passes(carry)` goes on in the usual way.
+
+  Returns:
+    the last carry of each stage; None for those that do not count over the
+    tree.
+  """
+  job = _Job.of(method, state, shapes, contributors, as_params)
+  return job.count(_Eager(False, True), leaves, find)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+  """A method, and all that it needs to know of the model but the arrays."""
+
+  method: transform.Transform
+  state: Any
+  shapes: Mapping[str, tuple[int, ...]]
+  order: Mapping[str, int]
+  contributors: int
+  as_params: bool
+  plan: leafwise.Plan
+  varies: bool
+
+  @classmethod
+  def of(cls, method, state, shapes, contributors, as_params) -> _Job:
+    order = {name: i for i, name in enumerate(sorted(shapes))}
+    if state is None:
+      sizes = {
+        n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()
+      }
+      state = transform.initial_state(method, sizes)
+    if len(state) != len(method.stages):
+      raise SelectionError(
+        f"the method has {len(method.stages)} steps and the state "
+        f"{len(state)} parts; make it with method.init(params)"
+      )
+    plan = leafwise.Plan(method.stages, in_params(method, as_params))
+    differ = perleaf.varies(state)
+    return cls(
+      method, state, shapes, order, contributors, as_params, plan, differ
     )
 
-  plan = leafwise.Plan(method.stages, in_params(method, as_params))
-  runner = _Inline() if traced else _Eager(donate, streamed)
-  differ = perleaf.varies(state)
-  shared: list[Any] = [None] * len(method.stages)
-
-  def item(name: str, fetch: Callable[[], leafwise.Work]) -> _Item:
-    work = fetch()
-    if work.base is None and reads_base(method, work.sources, as_params):
-      _check_baseless(method, plan, name, work)
-    elif not reads_base(method, work.sources, as_params):
+  def item(
+    self,
+    name: str,
+    fetch: Callable[[], leafwise.Work],
+    shared: Sequence[Any],
+  ) -> Item:
+    method, work = self.method, fetch()
+    if work.base is None and reads_base(method, work.sources, self.as_params):
+      _check_baseless(method, self.plan, name, work)
+    elif not reads_base(method, work.sources, self.as_params):
       work = dataclasses.replace(work, base=None, like=work.template)
     like = work.template
     if not isinstance(like, jax.Array):
@@ -131,36 +200,42 @@ def run(
     if not hasattr(like, "ndim") or tuple(like.shape) != work.shape:
       like = jax.ShapeDtypeStruct(work.shape, jnp.float32)
     leaf = placement.leaf_of(
-      like, order[name], len(order), placement.identity_of(name)
+      like, self.order[name], len(self.order), placement.identity_of(name)
     )
-    own = perleaf.resolved(state, name) if differ else state
+    own = perleaf.resolved(self.state, name) if self.varies else self.state
     carries = tuple(
-      step.start(own[i], [work.shape], contributors, **dict(options))
+      step.start(own[i], [work.shape], self.contributors, **dict(options))
       if transform.scope_of(step, options) == "leaf"
       else shared[i]
       for i, (step, options) in enumerate(method.stages)
     )
-    return _Item(name, leaf, work, own, carries)
+    return Item(name, leaf, work, own, carries)
 
-  def items() -> Iterator[_Item]:
+  def items(self, leaves: Leaves, shared: Sequence[Any]) -> Iterator[Item]:
     for name, fetch in leaves.items():
-      yield item(name, fetch)
+      yield self.item(name, fetch, shared)
 
-  for index, (step, options) in enumerate(method.stages):
-    if leaves and transform.scope_of(step, options) == "tree":
-      start = step.start(state[index], ordered, contributors, **dict(options))
-      shared[index] = runner.passes(plan, index, items, start)
-  for it in items():
-    here = plan
-    if as_params:
-      dtype = np.dtype(it.work.template.dtype)
-      here = dataclasses.replace(plan, dtype=dtype)
-    yield it.name, runner.update(here, it)
-  runner.check(lambda name: item(name, leaves[name]))
+  def count(self, runner, leaves: Leaves, find=None) -> list[Any]:
+    shared: list[Any] = [None] * len(self.method.stages)
+    ordered = [self.shapes[name] for name in self.order]
+    for index, (step, options) in enumerate(self.method.stages):
+      if not leaves or transform.scope_of(step, options) != "tree":
+        continue
+      start = step.start(
+        self.state[index], ordered, self.contributors, **dict(options)
+      )
+      items = functools.partial(self.items, leaves, shared)
+      passes = functools.partial(runner.passes, self.plan, index, items)
+      shared[index] = (
+        passes(start)
+        if find is None
+        else find(self.plan, index, items, start, passes)
+      )
+    return shared
 
 
 @dataclasses.dataclass(frozen=True)
-class _Item:
+class Item:
   """A leaf with all that its functions are called with."""
 
   name: str

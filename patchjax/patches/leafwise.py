@@ -176,6 +176,19 @@ def count(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
   step, options = plan.stages[index]
   if not step.once:
     base, sources, state = lax.stop_gradient((base, sources, state))
+  seen = _seen(plan, index, leaf, base, sources, state, shared)
+
+  def reduce(seen, leaf, state, carry):
+    return step.reduce(leaf, *seen, state, carry, **dict(options))
+
+  return placement.sum_over_shards(
+    reduce, seen, leaf, state[index], shared[index]
+  )
+
+
+def _seen(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
+  """Returns the arrays that a stage's counting functions are given."""
+  step, _ = plan.stages[index]
   wide = _base_of_steps(plan, base)
   method = transform.Transform(({},) * len(plan.stages), plan.stages)
   deltas = transform.run_prefix(
@@ -187,14 +200,25 @@ def count(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
     state,
     shared,
   )
-  seen = (deltas, wide) if step.needs_base else (deltas,)
+  return (deltas, wide) if step.needs_base else (deltas,)
 
-  def reduce(seen, leaf, state, carry):
-    return step.reduce(leaf, *seen, state, carry, **dict(options))
 
-  return placement.sum_over_shards(
-    reduce, seen, leaf, state[index], shared[index]
-  )
+def keys(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
+  """Returns the keys of a leaf that stage `index` cuts by rank.
+
+  Args:
+    plan: what is computed.
+    index: of a stage made by `selection.cuts`.
+    leaf: see `count`.
+    base: see `count`.
+    sources: see `count`.
+    state: see `count`.
+    shared: see `count`.
+  """
+  shared = _leaf_passes(plan, index, leaf, base, sources, state, shared)
+  seen = _seen(plan, index, leaf, base, sources, state, shared)
+  step, options = plan.stages[index]
+  return step.keys(leaf, *seen, state[index], **dict(options))
 
 
 def count_whole(

@@ -376,6 +376,29 @@ def settled(k: Array, key: Any, bits: int = 32) -> Search:
   return dataclasses.replace(start, found=found, phase=np.int32(1))
 
 
+def resumed(start: Search, key: int, count: int) -> Search:
+  """Returns a search whose k-th key was found in another way.
+
+  Ties at the cut, where they are to be broken, are still to be searched.
+
+  Args:
+    start: the search at its beginning.
+    key: the k-th largest key.
+    count: how many keys are at or above it.
+  """
+  found, phase = np.zeros(4, np.uint32), 1
+  found[0] = key
+  if start.early and (limbs(count) == start.k).all():
+    phase = len(start.widths)
+  following = start.widths[min(phase, len(start.widths) - 1)]
+  return dataclasses.replace(
+    start,
+    found=found,
+    phase=np.int32(phase),
+    step=np.uint32(_full(following)),
+  )
+
+
 # ---------------------------------------------------------------------------
 # Steps that cut by rank.
 
