@@ -17,10 +17,10 @@ import numpy as np
 
 from patchjax.interop.source import Source
 from patchjax.patches import storage
-from patchjax.trees.errors import DtypeError, FormatError, StructureError
+from patchjax.trees.errors import DtypeError, StructureError
 from patchjax.trees.suggest import list_names
 
-INDEX = ".safetensors.index.json"
+INDEX = storage.INDEX
 SHARD = 5 << 30  # bytes; what Hugging Face's libraries write
 
 _DTYPES = {dtype: code for code, dtype in storage.CODES.items()}
@@ -67,34 +67,14 @@ def read_sharded(index: pathlib.Path) -> dict[str, np.ndarray]:
   Raises:
     FormatError: if it is malformed, or the shards are not what it says.
   """
-  try:
-    places = json.loads(index.read_bytes())["weight_map"]
-    shards = sorted(set(places.values()))
-    sound = all(name == os.path.basename(name) != "" for name in shards)
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise FormatError(
-      f"{index}: expected the index of a sharded safetensors model, JSON with "
-      f"a weight_map of keys to file names ({error})"
-    ) from error
-  if not sound:
-    raise FormatError(f"{index}: names files outside of its folder")
-  if absent := [n for n in shards if not (index.parent / n).is_file()]:
-    raise FormatError(
-      f"{index}: {len(absent)} of {len(shards)} shards are missing: "
-      f"{list_names(absent)}; get them, into the same folder"
-    )
+  places = storage.places_of(index)
   arrays: dict[str, np.ndarray] = {}
-  bad: set[str] = set()
-  for name in shards:
-    found, _ = read_safetensors(index.parent / name)
-    wanted = {key for key, place in places.items() if place == name}
-    bad |= wanted ^ found.keys()
-    arrays.update(found)
-  if bad:
-    raise FormatError(
-      f"{index}: {len(bad)} keys are not where it says: "
-      f"{list_names(sorted(bad))}; get index and shards of one model again"
-    )
+  found: dict[str, list[str]] = {}
+  for name in sorted(set(places.values())):
+    held, _ = read_safetensors(index.parent / name)
+    found[name] = list(held)
+    arrays.update(held)
+  storage.check_places(index, places, found)
   return {key: arrays[key] for key in places}
 
 
@@ -205,9 +185,7 @@ def _write_one(
       "shape": list(source.entries[name].shape),
       "data_offsets": [begin, end],
     }
-  text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-  text += b" " * (-len(text) % 8)
   with storage.replacing(path) as file:
-    file.write(len(text).to_bytes(8, "little") + text)
+    file.write(storage.header_bytes(header))
     for _, words in source.stream(names):
       file.write(np.ascontiguousarray(words).data)

@@ -64,7 +64,7 @@ def sources_of(
   for i, contributor in enumerate(contributors):
     what = f"contributor {i}"
     if isinstance(contributor, Patch):
-      found.append(_of_patch(arrays, contributor, what))
+      found.append(of_patch(arrays, contributor, what))
       continue
     leaves = named_leaves(contributor)
     check_named(arrays, leaves, what=what)
@@ -88,9 +88,20 @@ def sources_of(
   return found
 
 
-def _of_patch(
-  arrays: dict[str, Any], patch: Patch, what: str
+def of_patch(
+  arrays: Mapping[str, Any], patch: Patch, what: str
 ) -> dict[str, Any]:
+  """Returns the deltas of a patch by name, if it fits.
+
+  Args:
+    arrays: named leaves of the base.
+    patch: the patch.
+    what: what it is called, for messages.
+
+  Raises:
+    MismatchError: if it does not fit the base; lists every leaf.
+    StructureError: if it is structural.
+  """
   if patch.structural:
     raise StructureError(
       f"{what} inserts, deletes or renames leaves; such patches are not "
