@@ -86,7 +86,7 @@ def merge(
   for one in methods.values():
     check_reducing(one, len(contributors))
   if base is None:
-    _check_baseless(contributors, methods)
+    check_baseless(contributors, methods)
     named, treedef = flatten(contributors[0])
     sources = inputs.sources_of(named, contributors, same=True)
     own = sources
@@ -115,10 +115,18 @@ def merge(
   return jax.tree.unflatten(treedef, changed.values())
 
 
-def _check_baseless(
+def check_baseless(
   contributors: Sequence[Any], methods: Mapping[Any, Transform]
 ) -> None:
-  """Raises StructureError if something needs a base."""
+  """Refuses a merge without a base that something needs.
+
+  Args:
+    contributors: as given to `merge`.
+    methods: the methods by selector.
+
+  Raises:
+    StructureError: if something needs a base, or there is no contributor.
+  """
   for method in methods.values():
     if method.space == "deltas" or method.needs_base:
       raise StructureError(
