@@ -99,8 +99,8 @@ def karcher(
   at the first.
 
   Angles come from a Gram matrix in float32, which tells no angle below 5e-4
-  from zero. At the default tolerance further steps are therefore made, which
-  only bring the result nearer to the mean.
+  from zero. With a smaller tolerance, as by default, all steps are therefore
+  made; those beyond only bring the result nearer to the mean.
 
   Args:
     weights: one a contributor, or one for all, divided by their sum; mergekit
@@ -137,19 +137,22 @@ def _karcher(dots, state, k, *, iterations):
   lost = length < jnp.maximum(tolerance, like(lengths.RESOLVED, dots))
   mean = jnp.where(lost, first, part / jnp.where(lost, one, length))
 
+  # A shorter step cannot be told from none: all steps are made.
+  told = tolerance > like(lengths.RESOLVED, dots)
+
   def step(carry, _):
     mean, done = carry
     cosine = jnp.clip(jnp.sum(units * mean[None, :], axis=1), -one, one)
     flat = jnp.abs(cosine) >= one
     angle = jnp.arccos(jnp.where(flat, zero, cosine))
     angle = jnp.where(flat, jnp.where(cosine > zero, zero, jnp.pi), angle)
-    near = (angle < tolerance) & (tolerance > like(lengths.RESOLVED, dots))
+    near = told & (angle < tolerance)
     # angle / sin(angle), which is 1 at 0.
     bend = jnp.where(flat, one, angle / jnp.where(flat, one, jnp.sin(angle)))
     pull = jnp.where(near | ~known, zero, part * bend)
     move = pull - jnp.sum(pull * cosine) * mean
     length = lengths.of_sum(move, units)
-    done = done | (length < tolerance)
+    done = done | (told & (length < tolerance))
     still = length == zero
     sinc = jnp.sin(length) / jnp.where(still, one, length)
     new = jnp.cos(length) * mean + jnp.where(still, one, sinc) * move
