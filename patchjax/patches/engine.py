@@ -64,8 +64,13 @@ def reads_base(
     sources: of the leaf, one a contributor.
     as_params: whether leaves of parameters are wanted, or deltas.
   """
-  if not in_params(method, as_params) or not as_params or method.needs_base:
+  if not as_params or not in_params(method, as_params) or method.needs_base:
     return True
+  return _changes_base(sources)
+
+
+def _changes_base(sources: Sequence[Any]) -> bool:
+  """Returns whether a source is told as a change of the base, or none."""
   return any(s is None or isinstance(s, leafwise.Delta) for s in sources)
 
 
@@ -114,7 +119,7 @@ def run(
     here = job.plan
     if as_params:
       own = np.dtype(it.work.template.dtype if dtype is None else dtype)
-      here = dataclasses.replace(here, dtype=own)
+      here = _for_dtype(here, own)
     yield it.name, runner.update(here, it)
   runner.check(lambda name: job.item(name, leaves[name], shared))
 
@@ -159,9 +164,9 @@ class _Job:
   shapes: Mapping[str, tuple[int, ...]]
   order: Mapping[str, int]
   contributors: int
-  as_params: bool
   plan: leafwise.Plan
   varies: bool
+  reads_base: bool
 
   @classmethod
   def of(cls, method, state, shapes, contributors, as_params) -> _Job:
@@ -178,9 +183,8 @@ class _Job:
       )
     plan = leafwise.Plan(method.stages, in_params(method, as_params))
     differ = perleaf.varies(state)
-    return cls(
-      method, state, shapes, order, contributors, as_params, plan, differ
-    )
+    reads = reads_base(method, (), as_params)
+    return cls(method, state, shapes, order, contributors, plan, differ, reads)
 
   def item(
     self,
@@ -189,10 +193,11 @@ class _Job:
     shared: Sequence[Any],
   ) -> Item:
     method, work = self.method, fetch()
-    if work.base is None and reads_base(method, work.sources, self.as_params):
-      _check_baseless(method, self.plan, name, work)
-    elif not reads_base(method, work.sources, self.as_params):
-      work = dataclasses.replace(work, base=None, like=work.template)
+    reads = self.reads_base or _changes_base(work.sources)
+    if reads and work.base is None:
+      _check_baseless(method, self.plan, name)
+    elif not reads and work.base is not None:
+      work = leafwise.Work(None, work.sources, work.base)
     like = work.template
     if not isinstance(like, jax.Array):
       arrays = (s for s in work.sources if isinstance(s, jax.Array))
@@ -234,6 +239,19 @@ class _Job:
     return shared
 
 
+@functools.lru_cache(maxsize=512)
+def _for_dtype(plan: leafwise.Plan, dtype: Any) -> leafwise.Plan:
+  return dataclasses.replace(plan, dtype=dtype)
+
+
+@functools.lru_cache(maxsize=512)
+def _checking(plan: leafwise.Plan) -> leafwise.Plan:
+  """Returns the plan that also looks for what is not finite."""
+  carried = all(step.carries_nonfinite for step, _ in plan.stages)
+  where = "result" if carried and plan.dtype is not None else "all"
+  return dataclasses.replace(plan, checked=where)
+
+
 @dataclasses.dataclass(frozen=True)
 class Item:
   """A leaf with all that its functions are called with."""
@@ -250,10 +268,7 @@ class Item:
 
 
 def _check_baseless(
-  method: transform.Transform,
-  plan: leafwise.Plan,
-  name: str,
-  work: leafwise.Work,
+  method: transform.Transform, plan: leafwise.Plan, name: str
 ) -> None:
   """Raises StructureError where there is no base and somebody reads it."""
   asking = [step.name for step, _ in method.stages if step.needs_base]
@@ -344,10 +359,7 @@ class _Eager:
     return carry
 
   def update(self, plan, item):
-    carried = all(step.carries_nonfinite for step, _ in plan.stages)
-    plan = dataclasses.replace(
-      plan, checked="result" if carried and plan.dtype is not None else "all"
-    )
+    plan = _checking(plan)
     out, self._bad[item.name] = self._call(plan, item, self._donate)
     self._plans[item.name] = plan
     return out
@@ -358,7 +370,7 @@ class _Eager:
     if plan.dtype is not None and item.leaf.mesh is not None:
       sharding = like.sharding
     base, sources, spare = work.base, work.sources, None
-    if donate and plan.dtype is not None and isinstance(like, jax.Array):
+    if donate and isinstance(like, jax.Array) and like.dtype == plan.dtype:
       # What the result may be written over: the base's leaf, whether it is
       # read or not, or without a base the first contributor's.
       uses = sum(s is like for s in sources)
