@@ -132,6 +132,7 @@ def _entries_jvp(size, primals, tangents):
 _entries.defjvp(_entries_jvp, symbolic_zeros=True)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))  # or each call traces it
 def _scaled_floor(numerator: Array, size: int, denominator: int) -> Array:
   """Returns `floor(numerator * size / denominator)` as limbs.
 

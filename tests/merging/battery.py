@@ -151,6 +151,15 @@ CASES: dict[str, Case] = {
     agreed={"decay": 0.5},
   ),
   "lawa": Case({"window": 2}, symmetric=False, alone={"window": 1}),
+  # Signs.
+  "ties": Case(
+    {"weights": WEIGHTS, "density": 0.3, "scale": 0.7},
+    swept={"weights": OTHER, "density": 0.5, "scale": 1.0},
+    local=False,
+    alone={"density": 1.0, "weights": 1.0, "scale": 1.0},
+    agreed={"density": 1.0, "weights": 1.0, "scale": 1.0},
+    heavy=True,
+  ),
   # On spheres: lengths and angles are sums of floats.
   "slerp": Case(
     {"t": 0.3},
@@ -283,6 +292,7 @@ CASES: dict[str, Case] = {
     local=False,
     alone={"density": 1.0, "trim": 1.0, "weights": 1.0},
     agreed={"density": 1.0, "trim": 1.0, "weights": 1.0},
+    heavy=True,
   ),
   "della": Case(
     {"weights": WEIGHTS, "density": [0.3, 0.5, 1.0], "epsilon": 0.2},
@@ -303,6 +313,7 @@ CASES: dict[str, Case] = {
     {"weights": WEIGHTS, "density": 0.5, "gamma": 0.15},
     swept={"density": 0.7, "gamma": 0.3},
     alone={"density": 1.0, "gamma": 0.0, "weights": 1.0},
+    heavy=True,
   ),
   "breadcrumbs/leaf": Case(
     {"density": [0.3, 0.5, 0.2], "gamma": [0.0, 0.05, 0.3], "scope": "leaf"}
@@ -312,6 +323,7 @@ CASES: dict[str, Case] = {
     swept={"density": 0.7, "scale": 0.3},
     alone={"density": 1.0, "gamma": 0.0, "weights": 1.0},
     agreed={"density": 1.0, "gamma": 0.0, "weights": 1.0},
+    heavy=True,
   ),
   # Choices among contributors.
   "sce": Case(
@@ -320,6 +332,7 @@ CASES: dict[str, Case] = {
     exact=False,
     alone={"density": 1.0},
     agreed={"density": 1.0},
+    heavy=True,
   ),
   "ram": Case(
     {"threshold": 0.05},
@@ -337,7 +350,7 @@ CASES: dict[str, Case] = {
   "nearswap": Case(
     {"t": 0.05}, swept={"t": 0.01}, contributors=1, alone={"t": 10.0}
   ),
-  "arcee_fusion": Case(contributors=1, exact=False),
+  "arcee_fusion": Case(contributors=1, exact=False, heavy=True),
   "magmax": Case(
     {"scale": 0.4},
     swept={"scale": 0.5},
