@@ -1,0 +1,135 @@
+"""Cuts by rank over a whole model, in two reads of it.
+
+The k-th largest of n keys is found by two histograms: of the upper 16 bits of
+all keys, which says in which bucket it lies, and of the lower 16 bits of the
+keys in that bucket. Counting again and again, as in memory, would read the
+model twelve times.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from patchjax.patches import engine, leafwise, selection
+from patchjax.patches.counting import LIMB
+
+_BUCKETS = 1 << 16
+_NONE = np.uint16(_BUCKETS - 1)
+_CHUNK = 1 << 18  # keys whose indices fit in a cache
+_TOGETHER = 128 << 20  # bytes of keys of several contributors at a time
+
+
+def applies(plan: leafwise.Plan, index: int) -> bool:
+  """Returns whether a stage cuts keys by rank.
+
+  Args:
+    plan: what is computed.
+    index: of the stage.
+  """
+  return plan.stages[index][0].keys is not None
+
+
+def cut(
+  plan: leafwise.Plan,
+  index: int,
+  items: Callable[[], Any],
+  start: Sequence[selection.Search],
+  passes: Callable[[Any], Any],
+) -> Any:
+  """Returns the finished searches of a stage, for `engine.count`.
+
+  Args:
+    plan: what is computed.
+    index: of the stage.
+    items: goes over the leaves once.
+    start: the searches at their beginning.
+    passes: goes on by counting, where ties are to be broken.
+  """
+  ranks = [(int(s.k[0]) << LIMB) + int(s.k[1]) for s in start]
+  upper = np.zeros((len(start), _BUCKETS), np.int64)
+  for item in items():
+    for j, halves in _halves(plan, index, len(start), item, None):
+      upper[j] += _histogram(halves)
+  # How many keys are in or above each bucket.
+  above = np.cumsum(upper[:, ::-1], axis=1)[:, ::-1]
+  buckets = [_last(row, k) for row, k in zip(above, ranks, strict=True)]
+  lower = np.zeros((len(start), _BUCKETS), np.int64)
+  wanted = np.array(buckets, np.uint32)
+  for item in items():
+    for j, halves in _halves(plan, index, len(start), item, wanted):
+      lower[j] += _histogram(halves[halves != _NONE])
+  found = []
+  for j, (search, k) in enumerate(zip(start, ranks, strict=True)):
+    bucket = buckets[j]
+    # The last key of the bucket was taken for one of no bucket.
+    lower[j, -1] += upper[j, bucket] - lower[j].sum()
+    higher = above[j, bucket] - upper[j, bucket]
+    inside = higher + np.cumsum(lower[j, ::-1])[::-1]
+    low = _last(inside, k)
+    key = min((bucket << 16) + low, (1 << search.widths[0]) - 1)
+    found.append(selection.resumed(search, key, int(inside[low])))
+  carry = tuple(found)
+  return carry if all(bool(s.done) for s in carry) else passes(carry)
+
+
+def _last(counts: np.ndarray, k: int) -> int:
+  """Returns the last place where a falling count is at least k, or 0."""
+  return max(int(np.count_nonzero(counts >= k)) - 1, 0)
+
+
+def _histogram(halves: np.ndarray) -> np.ndarray:
+  total = np.zeros(_BUCKETS, np.int64)
+  for i in range(0, halves.size, _CHUNK):
+    total += np.bincount(halves[i : i + _CHUNK], minlength=_BUCKETS)
+  return total
+
+
+def _halves(
+  plan: leafwise.Plan, index: int, count: int, item: engine.Item, buckets: Any
+) -> Iterator[tuple[int, np.ndarray]]:
+  """Yields `(j, halves)`: uint16 of each array of keys of a leaf.
+
+  Args:
+    plan: what is computed.
+    index: of the stage.
+    count: how many arrays of keys there are.
+    item: the leaf.
+    buckets: None for the upper halves of the keys; else for each array a
+      bucket: the lower halves of the keys in it, `_NONE` for all others.
+  """
+  work = item.work
+  given = (item.leaf, work.base, work.sources, item.state, item.carries)
+  once = max(1, min(count, _TOGETHER // max(2 * item.leaf.size, 1)))
+  for first in range(0, count, once):
+    which = tuple(range(first, min(first + once, count)))
+    # One at a time of a large leaf: all would be as much memory again.
+    arrays = _halves_jit(plan, index, which)(*given, buckets)
+    for j, array in zip(which, arrays, strict=True):
+      yield j, np.asarray(array).reshape(-1)
+
+
+@functools.lru_cache(maxsize=512)
+def _halves_jit(
+  plan: leafwise.Plan, index: int, which: tuple[int, ...]
+) -> Callable[..., Any]:
+  @jax.jit
+  def halves(leaf, base, sources, state, shared, buckets):
+    keys = leafwise.keys(plan, index, leaf, base, sources, state, shared)
+    out = []
+    for j in which:
+      key = keys[j].astype(jnp.uint32)
+      upper = key >> jnp.uint32(16)
+      if buckets is None:
+        out.append(upper.astype(jnp.uint16))
+      else:
+        lower = key.astype(jnp.uint16)
+        out.append(jnp.where(upper == buckets[j], lower, jnp.uint16(_NONE)))
+    return tuple(out)
+
+  return halves
