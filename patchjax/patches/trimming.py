@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from patchjax.patches import selection, shares, transform
+from patchjax.patches.counting import at_least, limbs
 
 
 def trim(
@@ -18,7 +19,7 @@ def trim(
   density: Any,
   scope: Literal["tree", "leaf"] = "tree",
   exact_k: bool = False,
-  one_more: bool = False,
+  one_more: bool | Literal["if_none"] = False,
 ) -> transform.Transform:
   """Returns the transform that keeps a share of the entries, by magnitude.
 
@@ -36,7 +37,8 @@ def trim(
       all entries that tie are kept.
     one_more: whether k is one larger (and at most n), as in the TIES paper's
       code, whose threshold is the `n - floor(density * n)`-th *smallest*
-      magnitude.
+      magnitude. "if_none": only where k would
+      be 0, as in mergekit.
 
   Raises:
     SelectionError: if the density is outside (0, 1].
@@ -62,10 +64,14 @@ def _ranks(state, shapes, k, *, scope, exact_k, one_more):
   del scope, exact_k
   size = sum(math.prod(shape) for shape in shapes)
   densities = transform.per_contributor(state["density"], k)
-  return tuple(
-    shares.entries_of(density, size, more=int(one_more))
+  found = tuple(
+    shares.entries_of(density, size, more=int(one_more is True))
     for density in densities
   )
+  if one_more != "if_none":
+    return found
+  one = jnp.asarray(limbs(1))
+  return tuple(jnp.where(at_least(k, one), k, one) for k in found)
 
 
 def _keys(leaf, deltas, state, **options):

@@ -104,7 +104,10 @@ def della_masks(base, models, options):
   epsilons = np.broadcast_to(options.get("epsilon", 0.15), len(models))
 
   def likely(share, delta, i):
-    return merging_sparse.della_probabilities(delta, share, epsilons[i])
+    flavour = options.get("flavour", "paper")
+    return merging_sparse.della_probabilities(
+      delta, share, epsilons[i], flavour=flavour
+    )
 
   return _drawn(base, models, options, likely, "hash")
 

@@ -313,7 +313,8 @@ def test_mergekit(name):
     expected = case.merged
     if name in RANDOM:
       # Recorded draws are held against the reference elsewhere.
-      own = masks(name, base, others, case.settings)
+      settings = {**case.settings, "flavour": "mergekit"}
+      own = masks(name, base, others, settings)
       expected = references()[name](
         base, others, flavour="mergekit", **case.settings, **own
       )

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from patchjax.merging import steps
 from patchjax.merging.methods import options
+from patchjax.merging.rescaling import keep_l1
 from patchjax.patches.transform import Transform, chain
 from patchjax.patches.trimming import trim
 
@@ -19,7 +20,9 @@ def ties(
   method: Literal["total", "frequency"] = "total",
   weights_in_election: bool | None = None,
   exact_k: bool | None = None,
-  one_more: bool | None = None,
+  one_more: bool | Literal["if_none"] | None = None,
+  normalize: bool = True,
+  rescale: bool = False,
   flavour: Literal["paper", "mergekit"] = "paper",
 ) -> Transform:
   """Returns TIES: trim, elect signs, average what agrees.
@@ -38,10 +41,13 @@ def ties(
     weights_in_election: whether weights also multiply before the election.
     exact_k: whether ties at the threshold are broken, see `trim`.
     one_more: whether `floor(density * n) + 1` entries are kept, see `trim`.
+    normalize: whether what agrees is averaged, or only added.
+    rescale: whether what is kept of a leaf is scaled to the L1 norm the leaf
+      had, an option of mergekit's; needs scope "leaf".
     flavour: "paper", equal to the paper's code: scope "tree", one entry more,
       weights at the mean, a zero sum takes the majority sign. "mergekit":
-      scope "leaf", exactly k entries, weights in the election, a zero sum
-      counts as positive. Arguments that are given win.
+      scope "leaf", exactly k entries but at least one, weights in the
+      election, a zero sum counts as positive. Arguments that are given win.
 
   Example:
     >>> import numpy as np, patchjax as pj
@@ -58,20 +64,26 @@ def ties(
   if exact_k is None:
     exact_k = not paper
   if one_more is None:
-    one_more = paper and not exact_k
+    one_more = not exact_k if paper else "if_none"
   weights = options.numbers(weights)
+  trimmed = trim(
+    density=options.numbers(density),
+    scope=scope or ("tree" if paper else "leaf"),
+    exact_k=exact_k,
+    one_more=one_more,
+  )
+  joined = steps.disjoint_mean(weights=weights, in_sum=not weights_in_election)
+  if not normalize:
+    joined = steps.weighted_sum(
+      weights=1.0 if weights is None or weights_in_election else weights
+    )
   return chain(
-    trim(
-      density=options.numbers(density),
-      scope=scope or ("tree" if paper else "leaf"),
-      exact_k=exact_k,
-      one_more=one_more,
-    ),
+    keep_l1(trimmed) if rescale else trimmed,
     steps.elect_sign(
       method=method,
       zero="majority" if paper else "positive",
       weights=weights if weights_in_election else None,
     ),
-    steps.disjoint_mean(weights=weights, in_sum=not weights_in_election),
+    joined,
     steps.scale(scale),
   )
