@@ -69,23 +69,23 @@ def count_true(masks: tuple[Array, ...], *, local: bool) -> Array:
   shape = masks[0].shape
   if not math.prod(shape):
     return jnp.zeros((2, len(masks)), jnp.int32)
-  rows, axis = shape or (1,), -1
+  rows: tuple[int, ...] = shape or (1,)
+  axis = len(rows) - 1
   if local:
     rows = _rows(shape)
-    # Of one mask alone, sums of a few rows beside each other are fastest.
+    axis = len(rows) - 1
+    # One mask alone along its rows would be the slow case again: the sums of
+    # a few rows beside each other are not.
     size = math.prod(shape)
     if len(masks) == 1 and size % 16 == 0 and size >= 1 << 16:
       rows, axis = (16, size // 16), 0
-  ones = tuple(mask.reshape(rows).astype(jnp.int32) for mask in masks)
-  # One operand alone is the slow case again. Its complement costs nothing;
-  # itself would be found to be the same, and dropped.
-  operands = ones if len(ones) > 1 else (*ones, jnp.int32(1) - ones[0])
+  ones = [mask.reshape(rows).astype(jnp.int32) for mask in masks]
   partial = lax.reduce(
-    operands,
-    (jnp.int32(0),) * len(operands),
+    tuple(ones),
+    (jnp.int32(0),) * len(ones),
     lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)),
-    (axis % len(rows),),
-  )[: len(ones)]
+    (axis,),
+  )
   # Fused with the next sum, the reduction would run on one core.
   partial = lax.optimization_barrier(partial)
   if math.prod(shape) < 1 << 31:

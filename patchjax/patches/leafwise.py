@@ -218,6 +218,7 @@ def keys(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
   shared = _leaf_passes(plan, index, leaf, base, sources, state, shared)
   seen = _seen(plan, index, leaf, base, sources, state, shared)
   step, options = plan.stages[index]
+  assert step.keys is not None
   return step.keys(leaf, *seen, state[index], **dict(options))
 
 

@@ -3,12 +3,21 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.patches import counting, placement, selection
-from tests.merging.models import models, put
+from patchjax.merging import gram, masks
+from patchjax.patches import (
+  Step,
+  Transform,
+  counting,
+  leafwise,
+  placement,
+  selection,
+)
+from tests.merging.models import floats, models, put
 
 COLLECTIVE = re.compile(
   r"= (\S[^=]*?) "
@@ -77,6 +86,110 @@ def test_linear_sends_nothing(mesh, request):
   base, others = put(base, mesh), [put(x, mesh) for x in others]
   method = pj.merging.linear(weights=[1.0, 2.0])
   assert not collectives(lambda b, o: pj.merge(b, o, method), base, others)
+
+
+def _angles(found, state, k):
+  del state, k
+  lengths = jnp.sqrt(jnp.diagonal(found))
+  return jnp.sum(found / jnp.outer(lengths, lengths), axis=1)
+
+
+ANGLES = Transform.of(gram.combination("test_angles", _angles), {})
+
+
+def _dropped(leaf, deltas, base, state, shared):
+  del base, shared
+  kept = []
+  for i, delta in enumerate(deltas):
+    bits = masks.uniform_bits(state["key"], leaf, i)
+    mask = masks.uniform(bits) < jnp.float32(0.5)
+    kept.append(jnp.where(mask, delta, jnp.zeros_like(delta)))
+  return tuple(kept)
+
+
+DROPPED = pj.chain(
+  Transform.of(Step("test_dropped", _dropped), {"key": jax.random.key(0)}),
+  pj.merging.mean(),
+)
+
+
+def _medians(leaf, deltas, state):
+  del leaf, state
+  return tuple(map(selection.ordered_bits, deltas))
+
+
+def _middle(state, shapes, k):
+  del state
+  return (counting.limbs(np.prod(shapes[0]).item() // 2),) * k
+
+
+def _centred(leaf, deltas, base, state, searches):
+  del leaf, base, state
+  middles = [selection.value_of(selection.cut_key(s)) for s in searches]
+  return tuple(d - m for d, m in zip(deltas, middles, strict=True))
+
+
+CENTRED = pj.chain(
+  Transform.of(
+    Step(
+      "test_centred",
+      _centred,
+      scope=lambda: "leaf",
+      **selection.cuts(_medians, _middle),
+    ),
+    {},
+  ),
+  pj.merging.mean(),
+)
+
+
+@pytest.mark.parametrize("mesh", ["mesh_auto", "mesh_explicit"])
+@pytest.mark.parametrize(
+  "method", [ANGLES, CENTRED, DROPPED], ids=["gram", "cuts", "random"]
+)
+def test_only_small_sums_are_sent(method, mesh, request):
+  base, others = models(2)
+  auto = mesh == "mesh_auto"
+  mesh = request.getfixturevalue(mesh)
+  wanted = pj.merge(base, others, method)
+  base, others = put(base, mesh), [put(x, mesh) for x in others]
+  merge = jax.jit(lambda b, o: pj.merge(b, o, method))
+  text = merge.lower(base, others).compile().as_text()
+  found = COLLECTIVE.findall(text)
+  assert bool(found) == (method is not DROPPED)
+  for shape, operation in found:
+    assert numbers(shape) <= 128, (shape, operation)
+    # On a mesh that a jit cannot see, a few partial counts may be gathered.
+    if not auto:
+      assert operation == "all-reduce" and numbers(shape) <= 2 * 2 * 5
+  # One sum a leaf, for the Gram matrix or in each pass for the cuts; those of
+  # both leaves may be sent together.
+  if not auto:
+    assert len(found) <= 2
+  merged = merge(base, others)
+  for x, y in zip(floats(merged), floats(wanted), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [ANGLES, CENTRED], ids=["gram", "cuts"])
+def test_known_auto_mesh_sends_one_small_sum(method, mesh_auto):
+  """Eagerly an Auto mesh is known by the arrays."""
+  base, others = models(2)
+  base, others = put(base, mesh_auto), [put(x, mesh_auto) for x in others]
+  x, xs = base["block"]["kernel"], [y["block"]["kernel"] for y in others]
+  leaf = placement.leaf_of(x)
+  stages = method.stages
+  plan = leafwise.Plan(stages, method.space == "params")
+  (step, options) = stages[0]
+  start = step.start({}, [x.shape], 2, **dict(options))
+
+  def count(x, xs):
+    state, shared = ({},) * len(stages), (start,) + (None,) * (len(stages) - 1)
+    return leafwise.count(plan, 0, leaf, x, tuple(xs), state, shared)
+
+  found = collectives(count, x, xs)
+  assert [operation for _, operation in found] == ["all-reduce"]
+  assert numbers(found[0][0]) <= 2 * 2 * 5
 
 
 def test_counting_keeps_no_copy():
