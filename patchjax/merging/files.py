@@ -54,8 +54,8 @@ def merge_files(
   bits, but for methods that sum floats over a leaf. In memory are the arrays
   of one leaf: at most k + 3 times the largest, beside what the process needs
   anyway (a patch counts as float32, and stays mapped). The models are read
-  once; what is counted over the whole tree takes two reads more where it is a
-  cut by rank (`ties`, `trim`).
+  once, and before that for what is counted over the whole tree: a cut by rank
+  (`trim`) takes two reads, a sum one. `ties` has both (one for its majority).
 
   A merge that was killed goes on where it was: cuts found and files written
   stay in a hidden folder beside the result, and are used if inputs, method,

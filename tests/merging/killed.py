@@ -20,7 +20,7 @@ from patchjax.merging.streaming import layout
 
 def merge(start, given, out):
   return merge_files(
-    start, given, pj.merging.ties(density=0.3), out, shard_bytes=400
+    start, given, pj.merging.ties(density=0.3), out, shard_bytes=600
   )
 
 
@@ -33,10 +33,11 @@ def child(kill_at, after, write, arguments):
       left[0] -= 1
       if not left[0] and not after:
         os.kill(os.getpid(), signal.SIGKILL)
-      result = function(*args, **kwargs)
-      if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-      return result
+      try:
+        return function(*args, **kwargs)
+      finally:
+        if not left[0]:
+          os.kill(os.getpid(), signal.SIGKILL)
 
     return run
 
@@ -62,14 +63,15 @@ arguments = (start, given, out)
 OLD = len(list(pathlib.Path(out).glob("*.safetensors")))
 rng = random.Random(1)
 kills, resumed, found = 0, 0, []
-points = [2, 3, 5, 9, 14, 16, 4, 60]
+points = [2, 3, 8, 14, 14, 12, 11, 6, 7, 9, 11]
 while True:
   at = points[kills] if kills < len(points) else 10**9
+  after = rng.random() < 0.5
   reader, write = os.pipe()
   pid = os.fork()
   if not pid:
     try:
-      child(at, rng.random() < 0.5, write, arguments)
+      child(at, after, write, arguments)
       os._exit(0)
     except BaseException:
       traceback.print_exc()

@@ -176,20 +176,28 @@ class Journal:
       self._now["placed"] = [path.name for path in paths]
       self._now["stale"] = _older_files(layout)
       self._save()
-    several = layout.index is not None or bool(self._now["stale"])
-    if several:
+    index = layout.work / "index.part"
+    text = layout.index_bytes()
+    if _content(layout.older) != text:
       # Between the old files and the new there is no model.
       layout.older.unlink(missing_ok=True)
     for shard in layout.shards:
       if (part := self._part(shard)).exists():
         os.replace(part, shard.path)
     if layout.index is not None:
-      with storage.replacing(layout.index) as file:
-        file.write(layout.index_bytes())
+      with open(index, "wb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(index, layout.index)
       paths.append(layout.index)
     for name in self._now["stale"]:
       (layout.older.parent / name).unlink(missing_ok=True)
     return paths
+
+
+def _content(path: pathlib.Path) -> bytes | None:
+  return path.read_bytes() if path.exists() else None
 
 
 def _older_files(layout: Layout) -> list[str]:
