@@ -7,8 +7,9 @@ import math
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
-from patchjax.merging import following
+from patchjax.merging.conflict import sums
 from patchjax.merging.varying import keep_varied
 from patchjax.patches import transform
 
@@ -16,7 +17,7 @@ from patchjax.patches import transform
 def weigh_by_energy(
   *, density: Any = 1.0, flavour: Literal["paper", "mergekit"] = "paper"
 ) -> transform.Transform:
-  """Returns the step that averages contributors by the energy of their change.
+  """Returns the steps that average contributors by the energy of their change.
 
   All of SCE (Wan et al. 2024, https://arxiv.org/abs/2408.07990): what
   `keep_varied` keeps gives the weights `w_i = mean(d_i^2)` of a leaf; in each
@@ -30,26 +31,35 @@ def weigh_by_energy(
       equal if they sum to less than 1e-6, and sums of them that divide are at
       least 1e-6 after they were normalized.
   """
-  select = keep_varied(density=density)
-  return transform.Transform.of(
-    _ENERGY,
-    select.numbers[0],
-    of=following.spec_of(select),
-    flavour=flavour,
+  paper = flavour == "paper"
+  return transform.chain(
+    keep_varied(density=density, beside=paper),
+    transform.Transform.of(_ENERGY, {}, flavour=flavour),
   )
 
 
-def _squares(deltas, kept):
-  del deltas
-  return tuple(d * d for d in kept)
+def _start(state, shapes, k, *, flavour):
+  del state, shapes, flavour
+  return np.zeros(k, np.float32)
 
 
-def _update(leaf, deltas, base, state, carry, *, of, flavour):
-  del base
+def _reduce(leaf, deltas, state, carry, *, flavour):
+  del state, flavour
+  # What was selected comes first; the whole task vectors may come after.
+  squares = [jnp.square(d) for d in deltas[: len(carry)]]
+  return sums.totals(squares, local=leaf.local).astype(jnp.float32)
+
+
+def _finish(total, carry, *, flavour):
+  del carry, flavour
+  return total, jnp.asarray(True)
+
+
+def _update(leaf, deltas, base, state, energies, *, flavour):
+  del base, state
   mergekit = flavour == "mergekit"
-  if mergekit:
-    deltas = following.kept(leaf, deltas, state, carry, of)
-  energies = carry[2] * jnp.float32(1 / max(math.prod(leaf.shape), 1))
+  deltas = deltas[-len(energies) :]
+  energies = energies * jnp.float32(1 / max(math.prod(leaf.shape), 1))
   total = jnp.sum(energies)
   some = total >= jnp.float32(1e-6) if mergekit else total > jnp.float32(0)
   equal = jnp.full_like(energies, 1 / len(deltas))
@@ -72,7 +82,11 @@ _ENERGY = transform.register_step(
   transform.Step(
     name="weigh_by_energy",
     update=_update,
+    start=_start,
+    reduce=_reduce,
+    finish=_finish,
     reducing=True,
-    **following.passes(_squares),
+    once=True,
+    scope=lambda **_: "leaf",
   )
 )

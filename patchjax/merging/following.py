@@ -1,8 +1,8 @@
 """Sums over a leaf of what another step keeps of it.
 
-Some steps scale by a sum over what a selection leaves: over the L1 norm, or
-the energies that weigh contributors. Such a step holds the selecting one in
-its options, as a spec. Its passes are those of the selection, and then one
+A step that scales by a sum over what a selection leaves, and by one over what
+was there before, such as L1 norms, holds the selecting step in its options, as
+a spec. Its passes are those of the selection, and then one
 more, in which the sums of a pass are those of the settled selection.
 """
 

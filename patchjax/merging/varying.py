@@ -13,7 +13,7 @@ from patchjax.merging import ranks
 from patchjax.patches import counting, selection, shares, transform
 
 
-def keep_varied(*, density: Any) -> transform.Transform:
+def keep_varied(*, density: Any, beside: bool = False) -> transform.Transform:
   """Returns the step that keeps entries of large variance over contributors.
 
   The first step of SCE (Wan et al. 2024, https://arxiv.org/abs/2408.07990,
@@ -24,6 +24,8 @@ def keep_varied(*, density: Any) -> transform.Transform:
   Args:
     density: share that is kept, in (0, 1]; one number; traced; has no
       derivative.
+    beside: whether the whole task vectors go on beside what is kept of them:
+      k arrays, and then k more, for a next step that needs both.
 
   Raises:
     SelectionError: if the density is outside (0, 1].
@@ -38,7 +40,7 @@ def keep_varied(*, density: Any) -> transform.Transform:
   """
   if isinstance(density, int | float):
     shares.check_density(density)
-  return transform.Transform.of(_VARIED, {"density": density})
+  return transform.Transform.of(_VARIED, {"density": density}, beside=beside)
 
 
 def variance(deltas: tuple[Any, ...]) -> Any:
@@ -63,8 +65,8 @@ def _keys(deltas):
   return selection.magnitude_keys(variance(deltas))
 
 
-def _start(state, shapes, k):
-  del k
+def _start(state, shapes, k, *, beside):
+  del k, beside
   (shape,) = shapes
   widths = selection.key_widths(shapes)
   # The rank of all entries, until it is known how many of them vary.
@@ -73,8 +75,8 @@ def _start(state, shapes, k):
   return np.asarray(True), share, selection.search(rank, widths)
 
 
-def _reduce(leaf, deltas, state, carry):
-  del state
+def _reduce(leaf, deltas, state, carry, *, beside):
+  del state, beside
   keys = _keys(deltas)
   first = jnp.asarray(carry[0])
   counts = selection.count_at_least(keys, leaf, (carry[2],))[0]
@@ -82,7 +84,8 @@ def _reduce(leaf, deltas, state, carry):
   return counts, jnp.where(first, vary[:, 0], jnp.zeros_like(vary[:, 0]))
 
 
-def _finish(total, carry):
+def _finish(total, carry, *, beside):
+  del beside
   counts, vary = total
   first, share, search = carry
   rank = ranks.part(share, counting.carried(vary))
@@ -91,12 +94,13 @@ def _finish(total, carry):
   return (jnp.asarray(False), share, search), search.done
 
 
-def _update(leaf, deltas, base, state, carry):
+def _update(leaf, deltas, base, state, carry, *, beside):
   del base, state
   _, share, search = carry
   keep = selection.keep_keys(_keys(deltas), leaf, search)
   keep = keep | (share >= jnp.float32(1))
-  return tuple(jnp.where(keep, d, jnp.zeros_like(d)) for d in deltas)
+  kept = tuple(jnp.where(keep, d, jnp.zeros_like(d)) for d in deltas)
+  return (*kept, *deltas) if beside else kept
 
 
 _VARIED = transform.register_step(
@@ -106,6 +110,6 @@ _VARIED = transform.register_step(
     start=_start,
     reduce=_reduce,
     finish=_finish,
-    scope=lambda: "leaf",
+    scope=lambda **_: "leaf",
   )
 )
