@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from patchjax.patches import engine, laws
 from patchjax.patches.deltas import Delta
@@ -252,7 +253,7 @@ def on_device(leaf: Any, like: Any = None) -> Any:
     leaf: array, on the host or on devices.
     like: the base's leaf: another placement than its own is moved there.
   """
-  if engine.is_traced(leaf, like):
+  if isinstance(leaf, Tracer) or isinstance(like, Tracer):
     return leaf
   if isinstance(like, jax.Array) and len(like.sharding.device_set) > 1:
     if not isinstance(leaf, jax.Array) or leaf.sharding != like.sharding:

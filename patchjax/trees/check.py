@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from patchjax.trees.digest import Entry
-from patchjax.trees.dtypes import dtype_name, is_array
+from patchjax.trees.dtypes import KINDS, dtype_name, is_array
 from patchjax.trees.errors import MismatchError
 from patchjax.trees.names import flatten
 from patchjax.trees.suggest import did_you_mean
@@ -121,6 +121,8 @@ def check_named(
       for name in surplus
     ]
   for name in both:
+    if _alike(expected[name], found[name]):
+      continue
     old, new = _facts(expected[name]), _facts(found[name])
     wrong = [
       kind
@@ -144,6 +146,20 @@ def _arrays(named: Mapping[str, Any]) -> dict[str, Any]:
     for name, leaf in named.items()
     if isinstance(leaf, Entry) or is_array(leaf)
   }
+
+
+def _alike(old: Any, new: Any) -> bool:
+  """Whether two leaves have one plain dtype and one shape, found out fast."""
+  dtype = getattr(old, "dtype", None)
+  return (
+    isinstance(dtype, np.dtype)
+    and dtype in _PLAIN
+    and dtype == getattr(new, "dtype", None)
+    and old.shape == new.shape
+  )
+
+
+_PLAIN = {kind.dtype for kind in KINDS.values()}
 
 
 def _facts(leaf: Any) -> tuple[str, tuple[int, ...]]:

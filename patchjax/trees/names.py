@@ -10,6 +10,7 @@ Module, its State and the pure dict of the same model share their names.
 from __future__ import annotations
 
 import collections
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -133,7 +134,11 @@ def flatten(tree: Any) -> tuple[dict[str, Leaf], Any]:
   import jax
 
   try:
-    found, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves, treedef = jax.tree.flatten(tree)
+    known = _known(treedef)
+    if known is not None:
+      return dict(zip(known, leaves, strict=True)), treedef
+    found, _ = jax.tree_util.tree_flatten_with_path(tree)
   except ValueError as error:
     # JAX sorts the keys of a dict, and cannot compare 1 with "1".
     raise StructureError(
@@ -157,7 +162,25 @@ def flatten(tree: Any) -> tuple[dict[str, Leaf], Any]:
       )
       + "\nkeys are compared as strings; rename one of each"
     )
+  with contextlib.suppress(TypeError):
+    if len(_NAMES) >= _MOST:
+      _NAMES.clear()
+    _NAMES[treedef] = names
   return named, treedef
+
+
+# Making names takes longer than flattening, and models of one structure are
+# named again and again.
+_NAMES: dict[Any, list[str]] = {}
+_MOST = 64
+
+
+def _known(treedef: Any) -> list[str] | None:
+  """Returns the names of the leaves of a structure seen before."""
+  try:
+    return _NAMES.get(treedef)
+  except TypeError:  # a container whose static part has no hash
+    return None
 
 
 def named_leaves(tree: Any) -> dict[str, Leaf]:
