@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from patchjax.cli import out_of_core
 from patchjax.cli.common import (
   AS_JSON,
   AUTHOR,
@@ -46,9 +47,9 @@ _CLAIMS = click.option(
 
 
 @click.command()
-@click.argument("refs", nargs=-1, required=True)
-@click.option("--into", default="main", help="The branch that is merged into.")
-@click.option("--method", default="ties", help="linear, task_arithmetic, ties.")
+@click.argument("refs", nargs=-1)
+@click.option("--into", help="The branch that is merged into; by default main.")
+@click.option("--method", help="linear, slerp, dare_ties, ...; default ties.")
 @click.option("--density", type=float, help="Share of the entries kept (ties).")
 @click.option("--scale", type=float, help="Factor of the merged task vector.")
 @click.option(
@@ -68,12 +69,13 @@ _CLAIMS = click.option(
   is_flag=True,
   help="Run the method on leaves that one side changed too.",
 )
+@out_of_core.options
 @AUTHOR
 @AS_JSON
 def merge(
   refs: tuple[str, ...],
-  into: str,
-  method: str,
+  into: str | None,
+  method: str | None,
   density: float | None,
   scale: float | None,
   weights: str | None,
@@ -85,18 +87,47 @@ def merge(
   whole: bool,
   author: str | None,
   as_json: bool,
+  **files: Any,
 ) -> None:
-  """Merge the versions REFS into a branch.
+  """Merge the versions REFS into a branch; or, with --out, models into files.
 
   What each version contributes is measured from their merge base. A leaf that
   one version changed is taken from it as it is.
+
+  With --out nothing is committed: REFS and --base are then safetensors files,
+  folders of shards, patch files, versions (REF, or REPOSITORY@REF), merged
+  leaf by leaf in little memory; killed, the same command goes on. Without
+  --base the method must need none.
   """
   from patchjax import merging
   from patchjax.history.commits.merges import contributing
 
   given = {"density": density, "scale": scale, "weights": _numbers(weights)}
   given = {name: value for name, value in given.items() if value is not None}
-  chain = merge_method(method, given | dict(assignment(text) for text in more))
+  given |= dict(assignment(text) for text in more)
+  if out_of_core.wanted(files):
+    for option, value in (
+      ("--into", into),
+      ("--message", message),
+      ("--dry-run", dry_run),
+      ("--no-ff", no_ff),
+      ("--whole", whole),
+      ("--author", author),
+    ):
+      if (
+        value
+        and click.get_current_context().get_parameter_source(
+          option[2:].replace("-", "_")
+        )
+        is click.core.ParameterSource.COMMANDLINE
+      ):
+        raise click.UsageError(f"{option} is for merges into a branch")
+    out_of_core.merge(refs, base, method, given, as_json=as_json, **files)
+    return
+  if not refs:
+    raise click.UsageError("which versions? name one or more REFS")
+  into = into or "main"
+  chain = merge_method(method or "ties", given)
   repo = open_repo()
   tip = repo.resolve(f"heads/{into}")
   parents = contributing(repo, tip, refs)

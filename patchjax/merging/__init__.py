@@ -4,7 +4,7 @@ from patchjax.merging.conflict import ConflictReport, conflicts
 from patchjax.merging.dropping import drop
 from patchjax.merging.dropping_by_rank import drop_by_rank
 from patchjax.merging.energies import weigh_by_energy
-from patchjax.merging.files import merge_files
+from patchjax.merging.files import MergedFiles, merge_files
 from patchjax.merging.masks import keep_mask
 from patchjax.merging.methods import (
   arcee_fusion,
@@ -60,13 +60,16 @@ from patchjax.merging.steps import (
   scale,
   weighted_sum,
 )
+from patchjax.merging.streaming.models import abstract_of
 from patchjax.merging.varying import keep_varied
 from patchjax.patches.perleaf import PerLeaf, per_leaf
 from patchjax.patches.trimming import trim
 
 __all__ = [
   "ConflictReport",
+  "MergedFiles",
   "PerLeaf",
+  "abstract_of",
   "arcee_fusion",
   "breadcrumbs",
   "breadcrumbs_ties",

@@ -140,7 +140,6 @@ def merge_files(
   )
   with showing.bar(progress) as bar:
     reader.moved = bar.moved
-    bar.say("checking")
     groups = [
       _Group(str(i), methods[key], states.get(key), leaves, reader)
       for i, (key, leaves) in enumerate(inputs.grouped(reader.floats, methods))

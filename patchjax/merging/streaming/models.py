@@ -7,6 +7,7 @@ are given back, and its arrays are seldom aligned as JAX wants them.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
 import json
@@ -15,7 +16,7 @@ import mmap
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,33 +35,13 @@ Moved = Callable[[int], None]
 _PIECE = 16 << 20  # bytes read at a time
 
 
-class Model(Protocol):
-  """A model that is read leaf by leaf.
+def nbytes(like: Any) -> int:
+  """Returns the bytes of a leaf.
 
-  Attributes:
-    what: what it is called.
-    leaves: shapes and dtypes by text name, in the model's order.
-    keys: what a file calls each leaf.
-    metadata: texts that a file holds beside the arrays.
-    identity: JSON that is another where the model may be another; None if
-      nothing is known.
-    paths: files that are read.
+  Args:
+    like: has a shape and a dtype.
   """
-
-  what: str
-  leaves: Mapping[str, Abstract]
-  keys: Mapping[str, str]
-  metadata: Mapping[str, str]
-  identity: Any
-  paths: tuple[pathlib.Path, ...]
-
-  def read(self, name: str, slot: Slot, moved: Moved) -> np.ndarray:
-    """Returns a leaf, in the memory of the slot."""
-    ...
-
-  def expect(self, name: str) -> None:
-    """Says that a leaf will be read soon."""
-    ...
+  return math.prod(like.shape) * np.dtype(like.dtype).itemsize
 
 
 class Slot:
@@ -89,13 +70,44 @@ class Slot:
     return words.view(like.dtype).reshape(like.shape)
 
 
-def nbytes(like: Any) -> int:
-  """Returns the bytes of a leaf.
+@dataclasses.dataclass(frozen=True)
+class Model(abc.ABC):
+  """A model that is read leaf by leaf.
 
-  Args:
-    like: has a shape and a dtype.
+  Attributes:
+    what: what it is called.
+    leaves: shapes and dtypes by text name, in the model's order.
+    keys: what a file calls each leaf.
+    metadata: texts that a file holds beside the arrays.
+    identity: JSON that is another where the model may be another; None if
+      nothing is known.
+    paths: files that are read.
   """
-  return math.prod(like.shape) * np.dtype(like.dtype).itemsize
+
+  what: str
+  leaves: Mapping[str, Abstract]
+  keys: Mapping[str, str]
+  metadata: Mapping[str, str]
+  identity: Any
+  paths: tuple[pathlib.Path, ...]
+
+  @abc.abstractmethod
+  def read(self, name: str, slot: Slot, moved: Moved) -> np.ndarray:
+    """Returns a leaf, in the memory of the slot.
+
+    Args:
+      name: text name.
+      slot: memory that nobody uses any more.
+      moved: is told how many bytes were read.
+    """
+
+  def expect(self, name: str) -> None:
+    """Says that a leaf will be read soon.
+
+    Args:
+      name: text name.
+    """
+    del name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,22 +119,16 @@ class _Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class FileModel:
+class FileModel(Model):
   """A model in safetensors files; see `Model`."""
 
-  what: str
-  leaves: Mapping[str, Abstract]
-  keys: Mapping[str, str]
-  metadata: Mapping[str, str]
-  identity: Any
-  paths: tuple[pathlib.Path, ...]
   places: Mapping[str, _Place]
 
   def read(self, name: str, slot: Slot, moved: Moved) -> np.ndarray:
     """See `Model.read`."""
     array = slot.array(self.leaves[name])
     place = self.places[name]
-    words = memoryview(array.reshape(-1).view(np.uint8))
+    words = array.reshape(-1).view(np.uint8).data
     at = 0
     with open(place.path, "rb", buffering=0) as file:
       if _stamp(place.path, file.fileno()) not in self.identity:
@@ -153,15 +159,9 @@ def _stamp(path: pathlib.Path, handle: int) -> list[Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldModel:
+class HeldModel(Model):
   """A model whose leaves are arrays, or sliced as arrays; see `Model`."""
 
-  what: str
-  leaves: Mapping[str, Abstract]
-  keys: Mapping[str, str]
-  metadata: Mapping[str, str]
-  identity: Any
-  paths: tuple[pathlib.Path, ...]
   arrays: Mapping[str, Any]
 
   def read(self, name: str, slot: Slot, moved: Moved) -> np.ndarray:
@@ -178,11 +178,8 @@ class HeldModel:
       moved(array[i : i + rows].nbytes)
     return array
 
-  def expect(self, name: str) -> None:
-    """See `Model.expect`."""
 
-
-def open_model(source: Any) -> FileModel | HeldModel:
+def open_model(source: Any) -> Model:
   """Returns a model that is read leaf by leaf.
 
   Args:

@@ -57,6 +57,7 @@ def bar(progress: bool | None) -> Iterator[Bar]:
   from tqdm import tqdm
 
   with tqdm(
+    desc="checking",
     unit="B",
     unit_scale=True,
     disable=None if progress is None else not progress,
