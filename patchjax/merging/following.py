@@ -61,7 +61,7 @@ def kept(leaf, deltas, state, carry, of) -> tuple[Array, ...]:
 
 def passes(
   summed: Callable[..., tuple[Array, ...]],
-) -> dict[str, Callable[..., Any]]:
+) -> dict[str, Any]:
   """Returns `start`, `reduce`, `finish`, `scope` of a step that sums.
 
   The step has the option `of`; its carry ends with the sums, an array of

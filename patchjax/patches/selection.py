@@ -246,15 +246,43 @@ def count_at_least(
     if len(state.widths) == 1:
       masks += [keys >= word.astype(keys.dtype) for word in words]
       continue
-    # The word that is searched is replaced; those after it are still 0.
-    here = jnp.arange(4) == state.phase
     index = leaf.index() if index is None else index
-    masks += [
-      _not_below(keys, leaf, index, jnp.where(here, word, state.found))
-      for word in words
-    ]
+    ranked = _ranked(keys, leaf, index, state)
+    # Keys as they are, or from 1 on: 0 is for what is below all ties.
+    more = (state.phase > jnp.int32(0)).astype(jnp.uint32)
+    masks += [ranked >= word + more for word in words]
   counts = count_true(tuple(masks), local=leaf.local)
   return counts.reshape(2, len(states), _WAYS - 1).swapaxes(0, 1)
+
+
+def _ranked(
+  keys: Array,
+  leaf: placement.Leaf,
+  index: tuple[Array, Array],
+  state: Search,
+) -> Array:
+  """Returns the word of each entry that is searched now, `uint32`.
+
+  Once per read, so that each threshold costs one comparison. After the first
+  phase it is one more than the word, for entries that tie with what is found
+  so far; the others are 0 below and the largest number above.
+  """
+  keys = keys.astype(jnp.uint32)
+  row, column = index
+  rows, columns = placement.extents(leaf.shape)
+  below, above = jnp.uint32(0), jnp.uint32(0xFFFFFFFF)
+  found, one = state.found, jnp.uint32(1)
+  row = jnp.uint32(rows - 1) - row if rows > 1 else below
+  column = jnp.uint32(columns - 1) - column
+  last = jnp.where(row > found[2], above, below)
+  last = jnp.where(row == found[2], column + one, last)
+  tie = jnp.where(state.phase == jnp.int32(2), row + one, last)
+  side = jnp.where(leaf.after > found[1], above, below)
+  tie = jnp.where(leaf.after == found[1], tie, side)
+  tie = jnp.where(state.phase == jnp.int32(1), leaf.after + one, tie)
+  ranked = jnp.where(keys > found[0], above, below)
+  ranked = jnp.where(keys == found[0], tie, ranked)
+  return jnp.where(state.phase == jnp.int32(0), keys, ranked)
 
 
 def _not_below(
