@@ -43,10 +43,9 @@ def model_stock(
   Example:
     >>> import numpy as np, patchjax as pj
     >>> base = {"w": np.float32([0, 0])}
-    >>> a, b = {"w": np.float32([1, 1])}, {"w": np.float32([1, 0])}
-    >>> merged = pj.merge(base, [a, b], pj.merging.model_stock())
-    >>> merged["w"].round(4).tolist()
-    [0.8284, 0.4142]
+    >>> a, b = {"w": np.float32([3, 4])}, {"w": np.float32([5, 0])}
+    >>> print(pj.merge(base, [a, b], pj.merging.model_stock())["w"].round(4))
+    [3.  1.5]
   """
   options.check("average", average, ("cosines", "angles"))
   options.check_flavour(flavour)
@@ -124,7 +123,7 @@ def metagpt(*, scale: Any = 1.0) -> Transform:
   Example:
     >>> import numpy as np, patchjax as pj
     >>> base, a, b = ({"w": np.float32([x])} for x in (0, 1, 3))
-    >>> pj.merge(base, [a, b], pj.merging.metagpt())["w"].round(4).tolist()
+    >>> print(pj.merge(base, [a, b], pj.merging.metagpt())["w"].round(4))
     [2.8]
   """
   return Transform.of(_METAGPT, {"scale": scale})

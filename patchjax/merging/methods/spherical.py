@@ -48,8 +48,8 @@ def multislerp(
   Example:
     >>> import numpy as np, patchjax as pj
     >>> a, b = {"w": np.float32([2, 0])}, {"w": np.float32([0, 2])}
-    >>> pj.merge(None, [a, b], pj.merging.multislerp())["w"].round(4).tolist()
-    [1.4142, 1.4142]
+    >>> print(pj.merge(None, [a, b], pj.merging.multislerp())["w"].round(4))
+    [1.4142 1.4142]
   """
   numbers = {"weights": options.numbers(weights), "epsilon": epsilon}
   space = "deltas" if task_vectors else "params"
@@ -111,8 +111,8 @@ def karcher(
   Example:
     >>> import numpy as np, patchjax as pj
     >>> a, b = {"w": np.float32([1, 0])}, {"w": np.float32([0, 3])}
-    >>> pj.merge(None, [a, b], pj.merging.karcher())["w"].round(4).tolist()
-    [1.4142, 1.4142]
+    >>> print(pj.merge(None, [a, b], pj.merging.karcher())["w"].round(4))
+    [1.4142 1.4142]
   """
   numbers = {"weights": options.numbers(weights), "tolerance": tolerance}
   return Transform.of(_KARCHER, numbers, iterations=iterations)
