@@ -27,6 +27,7 @@ from experiments.bench import (
   history_real,
   history_theta,
   history_versions,
+  workload,
 )
 from experiments.bench.history_tables import Section, Target, targets_table
 from experiments.bench.history_versions import Settings
@@ -53,20 +54,6 @@ _INSTALL = flags.DEFINE_bool(
 _MARKDOWN = flags.DEFINE_bool("markdown", False, "print tables for a README")
 
 
-def count(text: str) -> float:
-  """Returns a number that may end in k, M or G.
-
-  Args:
-    text: such as `125M`.
-
-  Example:
-    >>> count("5M")
-    5000000.0
-  """
-  units = {"k": 1e3, "M": 1e6, "G": 1e9}
-  return float(text.rstrip("kMG")) * units.get(text[-1], 1)
-
-
 def main(argv: list[str]) -> None:
   """Runs the sections and prints what they found."""
   del argv
@@ -83,7 +70,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="patchjax-bench-") as folder:
       section = _SECTIONS[name](
         Settings(
-          params=count(_PARAMS.value),
+          params=workload.count(_PARAMS.value),
           repeats=_REPEATS.value,
           install=_INSTALL.value,
           folder=pathlib.Path(folder),

@@ -1,128 +1,105 @@
-"""How fast a merge is: `python -m experiments.bench.merging`.
+"""What a merge costs: `python -m experiments.bench.merging`.
 
-A tree of the shapes of a six-layer encoder (22.7 M parameters), four
-contributors; beside numpy code that does the same in the obvious way (for TIES
-one partition of the concatenated magnitudes, as the paper's code does it) and
-the time that the bytes read and written take at this machine's copy bandwidth.
+Four models of 50 million parameters are merged in patchjax, in mergekit 0.1.5
+and in plain PyTorch, beside the time that the bytes take; then files of 151
+million parameters by both command lines. All ratios are taken within one run,
+round by round.
+
+`--aot 70b --devices 256` instead compiles merges of a model of that size for
+that many devices, and prints what they would send and need; a GPU is measured
+by `python -m experiments.bench.merging_gpu`.
+
+mergekit is installed beside, in the cache folder; what cannot be had is said.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 
-import patchjax as pj
-from experiments.bench import timing
-from experiments.bench.workload import tree
-from patchjax.trees import report
+from experiments.bench import merging_aot, merging_core, merging_files, workload
+from experiments.bench.history_tables import Section, Target, targets_table
+from experiments.bench.merging_core import Settings
+from experiments.bench.merging_methods import BY_NAME, MAIN
 
-CONTRIBUTORS = flags.DEFINE_integer("contributors", 4, "how many are merged")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each way is timed")
+_SECTIONS: dict[str, Callable[[Settings], Section]] = {
+  "float32": lambda settings: merging_core.run(settings, "float32"),
+  "bfloat16": lambda settings: merging_core.run(settings, "bfloat16"),
+  "files": merging_files.run,
+}
 
-DENSITY = 0.2
+_AOT = flags.DEFINE_enum(
+  "aot", None, list(merging_aot.MODELS), "compile for a model of this size"
+)
+_DEVICES = flags.DEFINE_integer("devices", 256, "simulated, with --aot")
+_METHODS = flags.DEFINE_list(
+  "methods", list(MAIN), f"of {', '.join(BY_NAME)}; or all"
+)
+_PARAMS = flags.DEFINE_string("params", "50M", "numbers of the model")
+_ONLY = flags.DEFINE_list(
+  "only", list(_SECTIONS), f"sections of {', '.join(_SECTIONS)}"
+)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "rounds that are counted")
+_INSTALL = flags.DEFINE_bool("install", True, "install mergekit if need be")
+_MARKDOWN = flags.DEFINE_bool("markdown", False, "print tables for a README")
+_FILE_PARAMS = flags.DEFINE_string(
+  "file_params", "151M", "numbers of the models in files"
+)
 
 
-def numpy_linear(base: Any, models: list[Any]) -> list[np.ndarray]:
-  """The mean of the task vectors, added to the base."""
-  return [
-    leaf + sum(other - leaf for other in others) / np.float32(len(models))
-    for leaf, *others in zip(
-      jax.tree.leaves(base), *map(jax.tree.leaves, models), strict=True
-    )
-  ]
+def sections(settings: Settings, names: list[str], *, markdown: bool) -> None:
+  """Runs sections and prints what they found.
 
-
-def numpy_ties(base: Any, models: list[Any]) -> np.ndarray:
-  """TIES on the flattened model, with one partition a contributor."""
-
-  def flat(tree: Any) -> np.ndarray:
-    return np.concatenate([x.ravel() for x in jax.tree.leaves(tree)])
-
-  start = flat(base)
-  deltas = []
-  for model in models:
-    delta = flat(model) - start
-    magnitude = np.abs(delta)
-    keep = int(DENSITY * delta.size)
-    threshold = np.partition(magnitude, delta.size - keep)[delta.size - keep]
-    deltas.append(np.where(magnitude >= threshold, delta, 0))
-  stacked = np.stack(deltas)
-  total = stacked.sum(0)
-  sign = np.sign(total)
-  sign[sign == 0] = np.sign(np.sign(total).sum())
-  agrees = np.where(sign > 0, stacked > 0, stacked < 0)
-  count = np.maximum(agrees.sum(0), 1).astype(np.float32)
-  return start + (stacked * agrees).sum(0) / count
+  Args:
+    settings: how.
+    names: of the sections.
+    markdown: whether tables are for a README.
+  """
+  targets: list[Target] = []
+  for name in names:
+    start = time.perf_counter()
+    section = _SECTIONS[name](settings)
+    targets += section.targets
+    for table in section.tables:
+      print(table.text(markdown=markdown), end="\n\n")
+    for remark in section.remarks:
+      print(remark, end="\n\n")
+    print(f"({name}: {time.perf_counter() - start:.0f} s)\n", flush=True)
+  if targets:
+    print(targets_table(targets).text(markdown=markdown))
 
 
 def main(argv: list[str]) -> None:
+  """Runs what the flags say."""
   del argv
-  base = tree(0)
-  rng = np.random.default_rng(1)
-  models = [
-    jax.tree.map(
-      lambda x: x + 0.01 * rng.standard_normal(x.shape, dtype=np.float32), base
-    )
-    for _ in range(CONTRIBUTORS.value)
-  ]
-  size = sum(x.size for x in jax.tree.leaves(base))
-  bandwidth = timing.copy_bandwidth()
-  limit = 4 * size * (len(models) + 2) / bandwidth
-  on_device = functools.partial(jax.tree.map, jnp.array)
-  held = [on_device(model) for model in models]
-  start = on_device(base)
-  rows = []
-  for name, method, reference in (
-    ("linear", pj.merging.linear(), numpy_linear),
-    ("ties", pj.merging.ties(density=DENSITY), numpy_ties),
+  if _AOT.value is not None:
+    table = merging_aot.run(_AOT.value, _DEVICES.value)
+    print(table.text(markdown=_MARKDOWN.value))
+    return
+  methods = list(BY_NAME) if _METHODS.value == ["all"] else _METHODS.value
+  for what, found, there in (
+    ("methods", methods, BY_NAME),
+    ("only", _ONLY.value, _SECTIONS),
   ):
-    spare: list[Any] = []
-
-    def donated(method=method, spare=spare):
-      # The result of the last round is overwritten: no fresh memory.
-      out = pj.merge(spare.pop(), held, method, donate=True)
-      spare.append(out)
-      return out
-
-    spare.append(on_device(base))
-    taken = timing.interleaved(
-      {
-        "patchjax": lambda m=method: pj.merge(start, held, m),
-        "patchjax, donated": donated,
-        "numpy": lambda f=reference: f(base, models),
-      },
-      rounds=ROUNDS.value,
-    )
-    for way, this in taken.items():
-      rows.append(
-        (
-          name,
-          way,
-          timing.milliseconds(this.wall),
-          timing.milliseconds(this.cpu),
-          f"{this.ratio(taken['numpy'], 'wall'):.1f}x",
-          f"{this.ratio(taken['numpy'], 'cpu'):.1f}x",
-          f"{np.median(this.wall) / limit:.1f}",
-        )
+    if unknown := set(found) - set(there):
+      raise app.UsageError(
+        f"--{what}: no {', '.join(sorted(unknown))}; there are "
+        + ", ".join(there)
       )
-  columns = [
-    "method", "way", "wall ms", "cpu ms", "numpy's wall", "numpy's cpu",
-    "of the limit",
-  ]  # fmt: skip
-  print(
-    report.table(
-      columns,
-      rows,
-      title=f"merging {len(models)} models of {size / 1e6:.1f} M parameters "
-      f"(limit: the bytes at {bandwidth / 1e9:.1f} GB/s take "
-      f"{1e3 * limit:.0f} ms)",
+  with tempfile.TemporaryDirectory(prefix="patchjax-bench-") as folder:
+    settings = Settings(
+      params=workload.count(_PARAMS.value),
+      repeats=_REPEATS.value,
+      install=_INSTALL.value,
+      folder=pathlib.Path(folder),
+      methods=methods,
+      file_params=workload.count(_FILE_PARAMS.value),
     )
-  )
+    sections(settings, _ONLY.value, markdown=_MARKDOWN.value)
 
 
 if __name__ == "__main__":

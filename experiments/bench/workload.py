@@ -19,6 +19,20 @@ _VOCABULARY = 65  # times the width, as in GPT-2's smallest
 _LAYERS = 12
 
 
+def count(text: str) -> float:
+  """Returns a number that may end in k, M or G.
+
+  Args:
+    text: such as `125M`.
+
+  Example:
+    >>> count("5M")
+    5000000.0
+  """
+  units = {"k": 1e3, "M": 1e6, "G": 1e9}
+  return float(text.rstrip("kMG")) * units.get(text[-1], 1)
+
+
 def tree(seed: int, width: int = 384, layers: int = 6) -> Tree:
   """Random parameters with the shapes of MiniLM."""
   rng = np.random.default_rng(seed)

@@ -1,0 +1,161 @@
+"""The merges that are timed: the same one in patchjax, mergekit and PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import patchjax as pj
+
+WEIGHTS = [0.5, 1.25, 0.75, 1.0]
+
+_m = pj.merging
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+  """One merge.
+
+  Attributes:
+    name: of the method, here and in mergekit.
+    ours: makes what computes what mergekit computes.
+    settings: mergekit's parameters.
+    paper: makes what patchjax does by default, where that is another merge.
+    base: whether mergekit's method gets the base.
+    reads_base: whether the result depends on it.
+    count: how many contributors.
+    goals: how often faster than mergekit it is to be, in float32 and in
+      bfloat16; None for no goal.
+    limit: how close to the bytes-moved limit, in a buffer that is given.
+    equal: whether both compute the same numbers: not so what is random.
+    close: how closely, as a share of a tensor's maximum.
+  """
+
+  name: str
+  ours: Callable[[], pj.Transform]
+  settings: Mapping[str, Any]
+  paper: Callable[[], pj.Transform] | None = None
+  base: bool = True
+  reads_base: bool = True
+  count: int = 4
+  goals: tuple[float, float] | None = None
+  limit: float | None = None
+  equal: bool = True
+  close: float = 1e-6
+
+  def goal(self, dtype: str) -> float | None:
+    """Returns how often faster than mergekit it is to be.
+
+    Args:
+      dtype: float32 or bfloat16.
+    """
+    return self.goals and self.goals[dtype != "float32"]
+
+
+_FAST = (20.0, 20.0)
+
+CONTESTS = (
+  Contest(
+    "linear",
+    lambda: _m.linear(weights=WEIGHTS),
+    {"weight": WEIGHTS},
+    base=False,
+    reads_base=False,
+    goals=(4.0, 4.0),
+    limit=1.3,
+  ),
+  Contest(
+    "task_arithmetic",
+    lambda: _m.task_arithmetic(weights=WEIGHTS, scale=0.4),
+    {"weight": WEIGHTS, "lambda": 0.4},
+    goals=(4.0, 4.0),
+    limit=1.3,
+  ),
+  Contest(
+    "slerp",
+    lambda: _m.slerp(t=0.3, from_base=True),
+    {"t": 0.3},
+    count=1,
+    goals=(2.0, 5.0),
+    close=1e-5,  # of a cosine near 1, float32 does not tell the angle better
+  ),
+  Contest(
+    "ties",
+    lambda: _m.ties(density=0.2, weights=WEIGHTS, flavour="mergekit"),
+    {"weight": WEIGHTS, "density": 0.2},
+    paper=lambda: _m.ties(density=0.2),
+    goals=_FAST,
+  ),
+  Contest(
+    "dare_linear",
+    lambda: _m.dare_linear(density=0.5, weights=WEIGHTS, flavour="mergekit"),
+    {"weight": WEIGHTS, "density": 0.5},
+    paper=lambda: _m.dare_linear(density=0.5, weights=WEIGHTS),
+    goals=_FAST,
+    equal=False,
+  ),
+  Contest(
+    "dare_ties",
+    lambda: _m.dare_ties(density=0.5, weights=WEIGHTS, flavour="mergekit"),
+    {"weight": WEIGHTS, "density": 0.5},
+    paper=lambda: _m.dare_ties(density=0.5),
+    goals=_FAST,
+    equal=False,
+  ),
+  Contest(
+    "della",
+    lambda: _m.della(
+      density=0.5, epsilon=0.15, weights=WEIGHTS, flavour="mergekit"
+    ),
+    {"weight": WEIGHTS, "density": 0.5, "epsilon": 0.15},
+    paper=lambda: _m.della(density=0.5, epsilon=0.15, weights=WEIGHTS),
+    goals=_FAST,
+    equal=False,
+  ),
+  Contest(
+    "breadcrumbs",
+    lambda: _m.breadcrumbs(
+      density=0.3, gamma=0.01, weights=WEIGHTS, flavour="mergekit"
+    ),
+    {"weight": WEIGHTS, "density": 0.3, "gamma": 0.01},
+    paper=lambda: _m.breadcrumbs(density=0.3, gamma=0.01, weights=WEIGHTS),
+    goals=_FAST,
+  ),
+  Contest(
+    "sce",
+    lambda: _m.sce(density=0.3, flavour="mergekit"),
+    {"select_topk": 0.3},
+    paper=lambda: _m.sce(density=0.3),
+    goals=_FAST,
+  ),
+  Contest(
+    "nuslerp",
+    lambda: _m.nuslerp(weights=WEIGHTS[:2]),
+    {"weight": WEIGHTS[:2]},
+    base=False,
+    reads_base=False,
+    count=2,
+  ),
+  Contest(
+    "multislerp",
+    lambda: _m.multislerp(weights=WEIGHTS),
+    {"weight": WEIGHTS},
+    base=False,
+    reads_base=False,
+  ),
+  Contest(
+    "karcher", lambda: _m.karcher(), {}, base=False, reads_base=False
+  ),
+  Contest(
+    "model_stock", lambda: _m.model_stock(flavour="mergekit"), {},
+    paper=lambda: _m.model_stock(),
+  ),
+)  # fmt: skip
+"""Those of the issue first: only they have goals."""
+
+BY_NAME = {contest.name: contest for contest in CONTESTS}
+"""By name."""
+
+MAIN = tuple(contest.name for contest in CONTESTS if contest.goals)
+"""Names of those that have goals."""

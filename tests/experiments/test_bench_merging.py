@@ -1,0 +1,86 @@
+"""The benchmark of merges runs, in small, and measures what it says."""
+
+import numpy as np
+import pytest
+
+import patchjax as pj
+from experiments.bench import merging_core, merging_gpu, workload
+from experiments.bench.history_tables import targets_table
+from experiments.bench.merging_files import METHODS, recipe, shapes
+from experiments.bench.merging_methods import BY_NAME, MAIN
+from patchjax.merging.methods import BY_NAME as OURS
+
+
+@pytest.fixture(autouse=True)
+def decoder(monkeypatch):
+  """Two shapes only: what takes long is to compile for each."""
+
+  def small(params, *, seed=0):
+    rng = np.random.default_rng(seed)
+    width = int(params**0.5)
+    return {
+      "embed": rng.standard_normal((width, width), np.float32),
+      "norm": rng.standard_normal(width, np.float32),
+    }
+
+  monkeypatch.setattr(workload, "decoder", small)
+
+
+@pytest.fixture
+def settings(tmp_path):
+  return merging_core.Settings(
+    params=1e4,
+    repeats=2,
+    install=False,
+    folder=tmp_path,
+    methods=("linear",),
+  )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merges_are_timed_beside_the_copy(settings, dtype):
+  section = merging_core.run(settings, dtype)
+  (table,) = section.tables
+  assert [row[0] for row in table.rows] == ["linear"]
+  assert all(len(row) == len(table.columns) for row in table.rows)
+  # mergekit was not to be installed: that is said, and no number made up.
+  assert any("--install" in remark for remark in section.remarks)
+  assert all(row[table.columns.index("mergekit")] == "-" for row in table.rows)
+  (target,) = section.targets
+  assert "bytes-moved limit" in target.what
+  assert "of 1 reached" in targets_table(section.targets).title
+
+
+def test_every_merge_can_be_made():
+  assert len(MAIN) == 9
+  for contest in BY_NAME.values():
+    assert contest.name in OURS
+    for make in (contest.ours, contest.paper):
+      assert make is None or isinstance(make(), pj.Transform)
+
+
+def test_what_is_copied_is_what_is_moved(settings):
+  tree = workload.decoder(1e4)
+  contest = BY_NAME["slerp"]
+  held = merging_core._models(1e4, contest.count, np.float32)
+  result = merging_core._measure(contest, held, None, settings)
+  # The base and one contributor are read, one result is written.
+  assert result.moved == 3 * workload.nbytes(tree)
+
+
+def test_models_in_files_are_of_the_size_asked_for(tmp_path):
+  size = sum(int(np.prod(shape)) for shape in shapes(151e6).values())
+  assert size == pytest.approx(151e6, rel=0.01)
+  models = [tmp_path / f"model{i}" for i in range(5)]
+  for method in METHODS:
+    text = recipe(models, method).read_text()
+    # Linear takes no base in mergekit.
+    assert ("base_model" in text) == (method != "linear")
+
+
+def test_an_accelerator_is_measured_beside_its_copy(monkeypatch):
+  some = {"linear": merging_gpu.methods()["linear"]}
+  monkeypatch.setattr(merging_gpu, "methods", lambda: some)
+  table = merging_gpu.measure(1e3, 1)
+  assert [row[0] for row in table.rows] == ["copy", "linear"]
+  assert table.rows[0][-1] == "1.00"
