@@ -214,7 +214,9 @@ def ours(
   """
   settings, _ = METHODS[method]
   command = [sys.executable, "-m", "patchjax.cli", "merge"]
-  command += ["--method", method, "--base", str(models[0])]
+  command += ["--method", method]
+  if method != "linear":
+    command += ["--base", str(models[0])]
   for name, value in settings.items():
     command += ["--set", f"{name}={json.dumps(value)}"]
   return [*command, *map(str, models[1:]), "--out", str(out)]
