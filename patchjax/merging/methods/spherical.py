@@ -16,6 +16,9 @@ from patchjax.merging.methods import lengths, options
 from patchjax.merging.methods.lengths import like
 from patchjax.patches.transform import Transform
 
+STEP_RESOLVED = 2e-6
+"""Steps to the mean that can be told from none."""
+
 
 def multislerp(
   *,
@@ -98,9 +101,9 @@ def karcher(
   `tolerance` is left out of the step. Where the directions cancel, u starts
   at the first.
 
-  Angles come from a Gram matrix in float32, which tells no angle below 5e-4
-  from zero. With a smaller tolerance, as by default, all steps are therefore
-  made; those beyond only bring the result nearer to the mean.
+  Angles come from a Gram matrix in float32, which tells none below 5e-4 from
+  zero: with a smaller tolerance, as by default, no contributor is left out of
+  a step. The length of a step is known to about 1e-6.
 
   Args:
     weights: one a contributor, or one for all, divided by their sum; mergekit
@@ -132,37 +135,52 @@ def _karcher(dots, state, k, *, iterations):
   part = jnp.where(known, share, jnp.zeros_like(share))
   mass = jnp.sum(part)
   part = part / jnp.where(mass == zero, one, mass)
-  first = (jnp.arange(k) == jnp.argmax(known)).astype(dots.dtype)
+  one_first = (jnp.arange(k) == jnp.argmax(known)).astype(dots.dtype)
   length = lengths.of_sum(part, units)
   lost = length < jnp.maximum(tolerance, like(lengths.RESOLVED, dots))
-  mean = jnp.where(lost, first, part / jnp.where(lost, one, length))
-
-  # A shorter step cannot be told from none: all steps are made.
-  told = tolerance > like(lengths.RESOLVED, dots)
+  start = jnp.where(lost, one_first, part / jnp.where(lost, one, length))
+  # The start is parallel to `sum_i a_i u_i`, so that the pulls of a flat
+  # space, which are all but some parts in a thousand, cancel: what is left is
+  # computed without them, or it would be lost in rounding. For that, the mean
+  # is `alpha start + nu`, and its weights `length start + rest`.
+  length = jnp.where(lost, zero, length)
+  rest = jnp.where(lost, part, jnp.zeros_like(part))
+  told = tolerance > like(STEP_RESOLVED, dots)
 
   def step(carry, _):
-    mean, done = carry
+    alpha, nu, done = carry
+    mean = alpha * start + nu
     cosine = jnp.clip(jnp.sum(units * mean[None, :], axis=1), -one, one)
     flat = jnp.abs(cosine) >= one
     angle = jnp.arccos(jnp.where(flat, zero, cosine))
     angle = jnp.where(flat, jnp.where(cosine > zero, zero, jnp.pi), angle)
-    near = told & (angle < tolerance)
+    near = (angle < tolerance) & (tolerance > like(lengths.RESOLVED, dots))
     # angle / sin(angle), which is 1 at 0.
     bend = jnp.where(flat, one, angle / jnp.where(flat, one, jnp.sin(angle)))
-    pull = jnp.where(near | ~known, zero, part * bend)
-    move = pull - jnp.sum(pull * cosine) * mean
-    length = lengths.of_sum(move, units)
-    done = done | (told & (length < tolerance))
-    still = length == zero
-    sinc = jnp.sin(length) / jnp.where(still, one, length)
-    new = jnp.cos(length) * mean + jnp.where(still, one, sinc) * move
-    size = lengths.of_sum(new, units)
-    new = new / jnp.where(size == zero, one, size)
-    return (jnp.where(done, mean, new), done), None
+    bend = jnp.where(near, zero, bend)
+    pull = rest + part * (bend - one)
+    back = jnp.sum(pull * cosine)
+    same = jnp.sum(start * cosine)
+    to_start = length * (one - same * alpha) - back * alpha
+    to_rest = pull - (length * same + back) * nu
+    size = lengths.of_sum(to_start * start + to_rest, units)
+    done = done | (told & (size < tolerance))
+    still = size == zero
+    sinc = jnp.sin(size) / jnp.where(still, one, size)
+    sinc = jnp.where(still, one, sinc)
+    new = jnp.cos(size) * alpha + sinc * to_start
+    new_nu = jnp.cos(size) * nu + sinc * to_rest
+    norm = lengths.of_sum(new * start + new_nu, units)
+    norm = jnp.where(norm == zero, one, norm)
+    new = (
+      jnp.where(done, alpha, new / norm),
+      jnp.where(done, nu, new_nu / norm),
+    )
+    return (*new, done), None
 
-  start = (mean, jnp.asarray(False))
-  (mean, _), _ = lax.scan(step, start, length=iterations)
-  out = mean / safe * jnp.sum(share * sizes)
+  carry = (one, jnp.zeros_like(start), jnp.asarray(False))
+  (alpha, nu, _), _ = lax.scan(step, carry, length=iterations)
+  out = (alpha * start + nu) / safe * jnp.sum(share * sizes)
   return jnp.where(known, out, jnp.zeros_like(out))
 
 
