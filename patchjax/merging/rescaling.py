@@ -40,13 +40,13 @@ def keep_l1(selection: transform.Transform) -> transform.Transform:
 
 
 def _norms(deltas, kept):
-  return (*map(abs, deltas), *map(abs, kept))
+  return tuple(abs(x) for pair in zip(deltas, kept) for x in pair)
 
 
 def _rescaled(leaf, deltas, base, state, carry, *, of):
   del base
   found = following.kept(leaf, deltas, state, carry, of)
-  before, after = jnp.split(carry[2], 2)
+  before, after = carry[2].reshape(-1, 2).T
   least = jnp.float32(1e-7)
   usable = (before >= least) & (after >= least)
   one = jnp.ones_like(after)
