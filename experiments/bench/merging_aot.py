@@ -177,6 +177,7 @@ def compiled(tree: Any, method: pj.Transform, count: int) -> Program:
   program = jitted.lower(tree, [tree] * count, method).compile()
   seconds = time.perf_counter() - start
   memory = program.memory_analysis()
+  assert memory is not None  # no backend that compiles here lacks it
   return Program(
     sent(program.as_text()),
     memory.argument_size_in_bytes,
@@ -257,7 +258,8 @@ def run(name: str, devices: int) -> Table:
     name: of the model.
     devices: how many are simulated.
   """
-  command = [sys.executable, "-m", __spec__.name, name, str(devices)]
+  module = "experiments.bench.merging_aot"
+  command = [sys.executable, "-m", module, name, str(devices)]
   flags = f"--xla_force_host_platform_device_count={devices}"
   done = subprocess.run(
     command,

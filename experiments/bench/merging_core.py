@@ -160,7 +160,9 @@ def _measure(
   if contest.paper is not None:
     paper = contest.paper()
     ours["paper"] = lambda: pj.merge(base, models, paper)
-  ways = {name: lambda f=f: timing.cost(f) for name, f in ours.items()}
+  ways: dict[str, Callable[[], timing.Cost]] = {
+    name: lambda f=f: timing.cost(f) for name, f in ours.items()
+  }
   for way in ways.values():
     way()
   peers = () if theirs is None else ("mergekit", "torch")
