@@ -179,7 +179,7 @@ def compiled(tree: Any, method: pj.Transform, count: int) -> Program:
   memory = program.memory_analysis()
   assert memory is not None  # no backend that compiles here lacks it
   return Program(
-    sent(program.as_text()),
+    sent(program.as_text() or ""),
     memory.argument_size_in_bytes,
     memory.temp_size_in_bytes,
     seconds,
