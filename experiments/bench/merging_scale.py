@@ -139,7 +139,7 @@ def merge(
       process.send_signal(signal.SIGKILL)
       process.wait()
       return peak, None
-    time.sleep(0.2)
+    time.sleep(0.2)  # between two looks at its memory and what it has written
   assert process.stdout is not None
   told = json.loads(process.stdout.read() or "null")
   if process.returncode:

@@ -189,10 +189,13 @@ def _recipe(path: str) -> dict[str, Any]:
     else:
       import yaml
 
-      found = yaml.safe_load(text)
+      try:
+        found = yaml.safe_load(text)
+      except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
   except ImportError as error:
     raise click.UsageError("a recipe in YAML needs pyyaml; use JSON") from error
-  except Exception as error:  # of either parser
+  except ValueError as error:
     raise click.BadParameter(
       f"{path} is no recipe: {error}", param_hint="--config"
     ) from error

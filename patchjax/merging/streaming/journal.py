@@ -241,7 +241,7 @@ def journal_of(layout: Layout, parts: Mapping[str, str]) -> Iterator[Journal]:
       journal = Journal(layout, parts)
       _check_room(layout, journal)
       yield journal
-    except Exception as error:
+    except Exception as error:  # raised again: what is here may be of use
       keep = isinstance(error, MemoryError) or (
         isinstance(error, OSError) and error.errno not in _FULL
       )
