@@ -9,8 +9,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from patchjax.merging import ranks
-from patchjax.patches import selection, shares, transform
+from patchjax.patches import ordering, selection, shares, transform
 from patchjax.patches.counting import limbs
+from patchjax.patches.rank_cuts import cuts
 
 _TAIL = 1e-4
 """Share of the magnitudes that is clamped, at either end."""
@@ -44,7 +45,7 @@ def _size(shapes):
 
 def _score_keys(leaf, deltas, state, *, scope):
   del leaf, state, scope
-  keys = map(selection.magnitude_keys, deltas)
+  keys = map(ordering.magnitude_keys, deltas)
   return tuple(key for key in keys for _ in range(2))
 
 
@@ -63,7 +64,7 @@ def _score(leaf, deltas, base, state, searches, *, scope):
   scores, clamped = [], []
   for i, d in enumerate(deltas):
     low, high = (
-      selection.magnitude_of(selection.cut_key(search)).astype(d.dtype)
+      ordering.magnitude_of(selection.cut_key(search)).astype(d.dtype)
       for search in searches[2 * i : 2 * i + 2]
     )
     size = jnp.clip(jnp.abs(d), low, high)
@@ -86,14 +87,14 @@ _SCORE = transform.register_step(
     name="score_competition",
     update=_score,
     scope=lambda *, scope: scope,
-    **selection.cuts(_score_keys, _score_ranks, bits=31),
+    **cuts(_score_keys, _score_ranks, bits=31),
   )
 )
 
 
 def _weigh_keys(leaf, deltas, state, *, scope):
   del leaf, state, scope
-  scores = map(selection.ordered_bits, deltas[: len(deltas) // 2])
+  scores = map(ordering.ordered_bits, deltas[: len(deltas) // 2])
   return tuple(key for key in scores for _ in range(2))
 
 
@@ -117,7 +118,7 @@ def _weigh(leaf, deltas, base, state, searches, *, scope):
   total = mass = jnp.zeros_like(clamped[0])
   for i, (score, d) in enumerate(zip(scores, clamped, strict=True)):
     cut, top = (
-      selection.value_of(selection.cut_key(search)).astype(d.dtype)
+      ordering.value_of(selection.cut_key(search)).astype(d.dtype)
       for search in searches[2 * i : 2 * i + 2]
     )
     weight = jnp.maximum(score - cut, jnp.zeros_like(d)) / _or_one(top - cut)
@@ -132,6 +133,6 @@ _WEIGH = transform.register_step(
     update=_weigh,
     reducing=True,
     scope=lambda *, scope: scope,
-    **selection.cuts(_weigh_keys, _weigh_ranks),
+    **cuts(_weigh_keys, _weigh_ranks),
   )
 )

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from patchjax.merging import masks, ranking
-from patchjax.patches import selection, shares, transform
+from patchjax.patches import ordering, shares, transform
 from patchjax.trees.errors import SelectionError
 
 
@@ -96,7 +96,7 @@ def _drop(leaf, deltas, base, state, shared, *, rng, rescale, axis):
 
 
 def _probabilities(delta, leaf, density, epsilon, axis):
-  ranks = ranking.row_ranks(selection.magnitude_keys(delta), leaf, axis)
+  ranks = ranking.row_ranks(ordering.magnitude_keys(delta), leaf, axis)
   density = shares.selecting(jnp.asarray(density).astype(jnp.float32))
   epsilon = shares.selecting(jnp.asarray(epsilon).astype(jnp.float32))
   last = (leaf.shape[axis] if leaf.shape else 1) - 1

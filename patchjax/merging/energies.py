@@ -83,10 +83,8 @@ _ENERGY = transform.register_step(
     name="weigh_by_energy",
     update=_update,
     start=_start,
-    reduce=_reduce,
-    finish=_finish,
+    counts=transform.one_count(_reduce, _finish, once=True),
     reducing=True,
-    once=True,
     scope=lambda **_: "leaf",
   )
 )

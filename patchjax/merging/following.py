@@ -62,10 +62,10 @@ def kept(leaf, deltas, state, carry, of) -> tuple[Array, ...]:
 def passes(
   summed: Callable[..., tuple[Array, ...]],
 ) -> dict[str, Any]:
-  """Returns `start`, `reduce`, `finish`, `scope` of a step that sums.
+  """Returns `start`, `counts`, `scope` of a step that sums.
 
-  The step has the option `of`; its carry ends with the sums, an array of
-  `[len(summed(...))]`.
+  The step has the option `of`; its carry is a pair of the selection's and the
+  sums, an array of `[len(summed(...))]`.
 
   Args:
     summed: `(deltas, kept)`, the arrays whose sums over the leaf are wanted;
@@ -79,16 +79,18 @@ def passes(
   def start(state, shapes, k, *, of, **rest):
     del rest
     step, options, counts = _found(of)
-    inner = step.start(state, shapes, k, **options) if counts else ()
+    inner = step.start(state, shapes, k, **options) if step.start else ()
     terms = summed(*(((np.zeros(()),) * k,) * 2))
-    return inner, np.asarray(not counts), np.zeros(len(terms), np.float32)
+    return inner, np.zeros(len(terms), np.float32)
+
+  def counts(*, of, **rest):
+    del rest
+    step, options, counts = _found(of)
+    inner = transform.counts_of(step, tuple(options.items())) if counts else ()
+    return (*(_inner(one, options) for one in inner), sums_of_kept)
 
   def reduce(leaf, deltas, state, carry, *, of, **rest):
     del rest
-    step, options, counts = _found(of)
-    seen = ()
-    if counts:
-      seen = step.reduce(leaf, deltas, state, carry[0], **options)
     terms = summed(deltas, kept(leaf, deltas, state, carry, of))
     # Two at a time: of more, the compiler on a CPU computes all in full first,
     # for six times as long.
@@ -96,22 +98,30 @@ def passes(
       sums.totals(terms[i : i + 2], local=leaf.local)
       for i in range(0, len(terms), 2)
     ]
-    return seen, jnp.concatenate(totals).astype(jnp.float32)
+    return jnp.concatenate(totals).astype(jnp.float32)
 
-  def finish(total, carry, *, of, **rest):
+  def finish(total, carry, **options):
+    del options
+    return (carry[0], total), jnp.asarray(True)
+
+  sums_of_kept = transform.Count(reduce, finish, once=True)
+  return {"start": start, "counts": counts, "scope": lambda **_: "leaf"}
+
+
+def _inner(count: transform.Count, options: dict[str, Any]) -> transform.Count:
+  """Returns what the selection counts, with its part of the carry."""
+
+  def reduce(leaf, deltas, state, carry, **rest):
     del rest
-    step, options, counts = _found(of)
-    seen, summed_up = total
-    inner, settled, _ = carry
-    if not counts:
-      return (inner, jnp.asarray(True), summed_up), jnp.asarray(True)
-    # A settled selection does not change any more.
-    inner, now = step.finish(seen, inner, **options)
-    return (inner, now, summed_up), jnp.asarray(settled)
+    return count.reduce(leaf, deltas, state, carry[0], **options)
 
-  return {
-    "start": start,
-    "reduce": reduce,
-    "finish": finish,
-    "scope": lambda **_: "leaf",
-  }
+  def finish(total, carry, **rest):
+    del rest
+    inner, done = count.finish(total, carry[0], **options)
+    return (inner, carry[1]), done
+
+  def needed(carry, **rest):
+    del rest
+    return count.needed is None or count.needed(carry[0], **options)
+
+  return transform.Count(reduce, finish, once=count.once, needed=needed)

@@ -113,13 +113,11 @@ def combination(
       name=name,
       update=update,
       start=start,
-      reduce=reduce,
-      finish=finish,
+      counts=transform.one_count(reduce, finish, once=True),
       reducing=True,
       scope=scope_of,
       space=space_of,
       needs_base=with_base,
-      once=True,
     )
   )
 

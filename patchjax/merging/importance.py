@@ -13,8 +13,9 @@ import numpy as np
 from jax import lax
 
 from patchjax.merging import rows
-from patchjax.patches import selection, transform
+from patchjax.patches import ordering, selection, transform
 from patchjax.patches.counting import limbs
+from patchjax.patches.rank_cuts import cuts
 from patchjax.trees.errors import SelectionError
 
 
@@ -81,8 +82,7 @@ _DIVERGENCE = transform.register_step(
     name="importance",
     update=_update,
     start=_start,
-    reduce=_reduce,
-    finish=_finish,
+    counts=transform.one_count(_reduce, _finish),
     needs_base=True,
     scope=lambda: "leaf",
   )
@@ -92,7 +92,7 @@ _DIVERGENCE = transform.register_step(
 def _keys(leaf, deltas, state):
   del leaf, state
   # A divergence may be rounded to just below zero: signed keys.
-  return (selection.ordered_bits(deltas[1]),) * 3
+  return (ordering.ordered_bits(deltas[1]),) * 3
 
 
 def _ranks(state, shapes, k):
@@ -106,7 +106,7 @@ def _outliers(leaf, deltas, base, state, searches):
   del leaf, base, state
   d, importance = deltas
   low, middle, high = (
-    selection.value_of(selection.cut_key(search)) for search in searches
+    ordering.value_of(selection.cut_key(search)) for search in searches
   )
   spread = transform.rounded((high - low) * jnp.float32(1.5))
   cut = (middle + spread).astype(d.dtype)
@@ -119,6 +119,6 @@ _OUTLIERS = transform.register_step(
     update=_outliers,
     reducing=True,
     scope=lambda: "leaf",
-    **selection.cuts(_keys, _ranks),
+    **cuts(_keys, _ranks),
   )
 )

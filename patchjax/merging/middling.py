@@ -8,7 +8,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from patchjax.merging import ranks, rows
-from patchjax.patches import selection, shares, transform
+from patchjax.patches import ordering, selection, shares, transform
+from patchjax.patches.rank_cuts import cuts
 
 _TOP = 0x7FFFFFFF
 
@@ -79,7 +80,7 @@ def _bounds(state, size, k, *, fill):
 
 
 def _keys(deltas, fill):
-  keys = map(selection.magnitude_keys, deltas)
+  keys = map(ordering.magnitude_keys, deltas)
   return tuple(jnp.uint32(_TOP) - key if fill else key for key in keys)
 
 
@@ -113,7 +114,7 @@ _BETWEEN = transform.register_step(
     name="keep_between",
     update=_between,
     scope=lambda *, scope, **_: scope,
-    **selection.cuts(
+    **cuts(
       _between_keys,
       _between_ranks,
       bits=31,
@@ -165,8 +166,7 @@ _ROWS = transform.register_step(
     name="keep_between_rows",
     update=_rows_update,
     start=_rows_start,
-    reduce=_rows_reduce,
-    finish=_rows_finish,
+    counts=transform.one_count(_rows_reduce, _rows_finish),
     scope=lambda **_: "leaf",
   )
 )

@@ -34,20 +34,6 @@ def at_most(a: Array, b: Array) -> Array:
   return jnp.where(counting.at_least(a, b), b, a)
 
 
-def number(count: Array) -> Array:
-  """Returns a count as float32.
-
-  Args:
-    count: limbs `int32[2, ...]`.
-
-  Example:
-    >>> number(counting.limbs(5000)).tolist()
-    5000.0
-  """
-  count = jnp.asarray(count).astype(jnp.float32)
-  return count[0] * jnp.float32(1 << counting.LIMB) + count[1]
-
-
 def part(share: Any, count: Array) -> Array:
   """Returns `floor(share * count)` of a count that is known when it runs.
 

@@ -46,7 +46,7 @@ def _norms(deltas, kept):
 def _rescaled(leaf, deltas, base, state, carry, *, of):
   del base
   found = following.kept(leaf, deltas, state, carry, of)
-  before, after = carry[2].reshape(-1, 2).T
+  before, after = carry[1].reshape(-1, 2).T
   least = jnp.float32(1e-7)
   usable = (before >= least) & (after >= least)
   one = jnp.ones_like(after)

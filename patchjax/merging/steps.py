@@ -109,8 +109,7 @@ _ELECT = transform.register_step(
     name="elect_sign",
     update=_elect,
     start=_elect_start,
-    reduce=_elect_reduce,
-    finish=_elect_finish,
+    counts=transform.one_count(_elect_reduce, _elect_finish),
     scope=lambda *, method, zero: "none" if zero == "positive" else "tree",
   )
 )

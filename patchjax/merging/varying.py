@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from patchjax.merging import ranks
-from patchjax.patches import counting, selection, shares, transform
+from patchjax.patches import counting, ordering, selection, shares, transform
 
 
 def keep_varied(*, density: Any, beside: bool = False) -> transform.Transform:
@@ -62,41 +61,62 @@ def variance(deltas: tuple[Any, ...]) -> Any:
 def _keys(deltas):
   if len(deltas) == 1:
     return jnp.zeros(deltas[0].shape, jnp.uint32)
-  return selection.magnitude_keys(variance(deltas))
+  return ordering.magnitude_keys(variance(deltas))
 
 
 def _start(state, shapes, k, *, beside):
   del k, beside
   (shape,) = shapes
-  widths = selection.key_widths(shapes)
-  # The rank of all entries, until it is known how many of them vary.
-  rank = shares.entries_of(state["density"], int(np.prod(shape)))
   share = jnp.asarray(state["density"]).astype(jnp.float32)
-  return np.asarray(True), share, selection.search(rank, widths)
+  # The rank of all entries, until it is known how many of them vary.
+  size = counting.limbs(math.prod(shape))
+  search = selection.search(size, shapes, exact=True)
+  return share, selection.stacked([search])
 
 
-def _reduce(leaf, deltas, state, carry, *, beside):
-  del state, beside
+def _vary(leaf, deltas, state, carry, *, beside):
+  del state, carry, beside
   keys = _keys(deltas)
-  first = jnp.asarray(carry[0])
-  counts = selection.count_at_least(keys, leaf, (carry[2],))[0]
-  vary = counting.count_true((keys > jnp.uint32(0),), local=leaf.local)
-  return counts, jnp.where(first, vary[:, 0], jnp.zeros_like(vary[:, 0]))
+  counts = counting.count_true((keys > jnp.uint32(0),), local=leaf.local)
+  return counts[:, 0]
 
 
-def _finish(total, carry, *, beside):
+def _ranked(vary, carry, *, beside):
   del beside
-  counts, vary = total
-  first, share, search = carry
+  share, (search,) = carry
   rank = ranks.part(share, counting.carried(vary))
-  rank = jnp.where(first, rank, search.k)
-  search = selection.narrow(counts, dataclasses.replace(search, k=rank))
-  return (jnp.asarray(False), share, search), search.done
+  search = selection.of_rank(search, rank)
+  return (share, selection.stacked([search])), jnp.asarray(True)
+
+
+def _counts(*, beside):
+  del beside
+  return (
+    transform.Count(_vary, _ranked, once=True),
+    *map(_counted, selection.rounds(exact=True)),
+  )
+
+
+def _counted(kind: selection.Round) -> transform.Count:
+  def reduce(leaf, deltas, state, carry, *, beside):
+    del state, beside
+    return kind.count(_keys(deltas), leaf, list(carry[1]))
+
+  def finish(total, carry, *, beside):
+    del beside
+    searches, done = kind.after(total, carry[1])
+    return (carry[0], searches), done
+
+  def needed(carry, *, beside):
+    del beside
+    return kind.open(carry[1]).any()
+
+  return transform.Count(reduce, finish, needed=needed)
 
 
 def _update(leaf, deltas, base, state, carry, *, beside):
   del base, state
-  _, share, search = carry
+  share, (search,) = carry
   keep = selection.keep_keys(_keys(deltas), leaf, search)
   keep = keep | (share >= jnp.float32(1))
   kept = tuple(jnp.where(keep, d, jnp.zeros_like(d)) for d in deltas)
@@ -108,8 +128,7 @@ _VARIED = transform.register_step(
     name="keep_varied",
     update=_update,
     start=_start,
-    reduce=_reduce,
-    finish=_finish,
+    counts=_counts,
     scope=lambda **_: "leaf",
   )
 )

@@ -11,16 +11,19 @@ from patchjax.patches.patch import Patch, Structure, structure_of
 from patchjax.patches.quantizing import quantize, quantized, ternarize
 from patchjax.patches.training import trainable
 from patchjax.patches.transform import (
+  Count,
   Step,
   Transform,
   chain,
   from_spec,
+  one_count,
   register_step,
 )
 from patchjax.patches.trimming import trim
 from patchjax.patches.truncating import truncate
 
 __all__ = [
+  "Count",
   "Delete",
   "Delta",
   "Dense",
@@ -41,6 +44,7 @@ __all__ = [
   "diff",
   "from_spec",
   "norm",
+  "one_count",
   "quantize",
   "quantized",
   "register_step",

@@ -36,6 +36,21 @@ def carried(count: Array) -> Array:
   )
 
 
+def number_of(count: Array, xp: Any = jnp) -> Array:
+  """Returns limbs `int32[2, ...]`, also of a difference, as float32.
+
+  Args:
+    count: limbs; both are exact in float32 for less than `2**36`.
+    xp: `jnp`, or `np` for limbs on the host.
+
+  Example:
+    >>> number_of(limbs(5000)).tolist()
+    5000.0
+  """
+  count = xp.asarray(count).astype(xp.float32)
+  return count[0] * xp.float32(1 << LIMB) + count[1]
+
+
 def at_least(count: Array, k: Array) -> Array:
   """Returns `count >= k` for carried limbs."""
   same = (count[0] == k[0]) & (count[1] >= k[1])

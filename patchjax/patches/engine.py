@@ -208,13 +208,17 @@ class _Job:
       like, self.order[name], len(self.order), placement.identity_of(name)
     )
     own = perleaf.resolved(self.state, name) if self.varies else self.state
-    carries = tuple(
-      step.start(own[i], [work.shape], self.contributors, **dict(options))
-      if transform.scope_of(step, options) == "leaf"
-      else shared[i]
-      for i, (step, options) in enumerate(method.stages)
-    )
-    return Item(name, leaf, work, own, carries)
+    carries = list(shared)
+    for i, (step, options) in enumerate(method.stages):
+      if transform.scope_of(step, options) == "leaf":
+        carries[i] = self.start(i, own, [work.shape])
+    return Item(name, leaf, work, own, tuple(carries))
+
+  def start(self, index: int, state: Any, shapes: list[Any]) -> Any:
+    """Returns the first carry of a stage that counts over these shapes."""
+    step, options = self.method.stages[index]
+    assert step.start is not None
+    return step.start(state[index], shapes, self.contributors, **dict(options))
 
   def items(self, leaves: Leaves, shared: Sequence[Any]) -> Iterator[Item]:
     for name, fetch in leaves.items():
@@ -226,9 +230,7 @@ class _Job:
     for index, (step, options) in enumerate(self.method.stages):
       if not leaves or transform.scope_of(step, options) != "tree":
         continue
-      start = step.start(
-        self.state[index], ordered, self.contributors, **dict(options)
-      )
+      start = self.start(index, self.state, ordered)
       items = functools.partial(self.items, leaves, shared)
       passes = functools.partial(runner.passes, self.plan, index, items)
       shared[index] = (
@@ -288,25 +290,27 @@ class _Inline:
       (i.leaf, i.work.base, i.work.sources, i.state, i.carries) for i in items()
     ]
 
-    def one_pass(held, carry):
+    def one_pass(number, held, carry):
       total = None
       for leaf, base, sources, state, carries in held:
         now = (*carries[:index], carry, *carries[index + 1 :])
-        one = leafwise.count_whole(plan, index, leaf, base, sources, state, now)
+        one = leafwise.count_whole(
+          plan, index, number, leaf, base, sources, state, now
+        )
         total = one if total is None else jax.tree.map(jnp.add, total, one)
-      return leafwise.finish(plan, index, total, carry)
+      return leafwise.finish(plan, index, number, total, carry)
 
-    if plan.stages[index][0].once:
-      return one_pass(held, start)[0]
-    held = lax.stop_gradient(held)
-
-    def body(carry):
-      held_, carry = lax.optimization_barrier((held, carry))
-      return one_pass(held_, carry[0])
-
-    carry, _ = lax.while_loop(
-      lambda carry: ~carry[1], body, (start, jnp.asarray(False))
-    )
+    carry = start
+    for number, counted in enumerate(plan.counts(index)):
+      if counted.once:
+        carry, _ = one_pass(number, held, carry)
+        continue
+      carry = leafwise.repeated(
+        functools.partial(one_pass, number),
+        lax.stop_gradient(held),
+        carry,
+        leafwise.needed(plan, index, number, carry),
+      )
     return carry
 
   def update(self, plan, item):
@@ -334,29 +338,35 @@ class _Eager:
     self._plans: dict[str, leafwise.Plan] = {}
 
   def passes(self, plan, index, items, start):
-    count, finish = _count_jit(plan, index), _finish_jit(plan, index)
-    carry, done = start, False
-    while not done:
-      # Leaves of one set of devices are summed there, the sets on the host.
-      totals: dict[Any, Any] = {}
-      for item in items():
-        work = item.work
-        where = _devices(work.template)
-        totals[where] = count(
-          item.leaf,
-          work.base,
-          work.sources,
-          item.state,
-          item.carrying(index, carry),
-          totals.get(where),
+    carry = start
+    for number, counted in enumerate(plan.counts(index)):
+      done = not leafwise.needed(plan, index, number, carry)
+      while not done:
+        total = self._pass(plan, index, number, items, carry)
+        carry, done = jax.device_get(
+          _finish_jit(plan, index, number)(total, carry)
         )
-        if self._streamed:
-          jax.block_until_ready(totals[where])
-      parts = jax.device_get(list(totals.values()))
-      total = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
-      carry, done = jax.device_get(finish(total, carry))
-      done = done or plan.stages[index][0].once
+        done = done or counted.once
     return carry
+
+  def _pass(self, plan, index, number, items, carry):
+    # Leaves of one set of devices are summed there, the sets on the host.
+    totals: dict[Any, Any] = {}
+    for item in items():
+      work = item.work
+      where = _devices(work.template)
+      totals[where] = _count_jit(plan, index, number)(
+        item.leaf,
+        work.base,
+        work.sources,
+        item.state,
+        item.carrying(index, carry),
+        totals.get(where),
+      )
+      if self._streamed:
+        jax.block_until_ready(totals[where])
+    parts = jax.device_get(list(totals.values()))
+    return jax.tree.map(lambda *xs: sum(xs[1:], xs[0]), *parts)
 
   def update(self, plan, item):
     plan = _checking(plan)
@@ -421,18 +431,24 @@ def _devices(x: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=512)
-def _count_jit(plan: leafwise.Plan, index: int) -> Callable[..., Any]:
+def _count_jit(
+  plan: leafwise.Plan, index: int, number: int
+) -> Callable[..., Any]:
   @jax.jit
   def count(leaf, base, sources, state, shared, total):
-    one = leafwise.count_whole(plan, index, leaf, base, sources, state, shared)
+    one = leafwise.count_whole(
+      plan, index, number, leaf, base, sources, state, shared
+    )
     return one if total is None else jax.tree.map(jnp.add, total, one)
 
   return count
 
 
 @functools.lru_cache(maxsize=512)
-def _finish_jit(plan: leafwise.Plan, index: int) -> Callable[..., Any]:
-  return jax.jit(functools.partial(leafwise.finish, plan, index))
+def _finish_jit(
+  plan: leafwise.Plan, index: int, number: int
+) -> Callable[..., Any]:
+  return jax.jit(functools.partial(leafwise.finish, plan, index, number))
 
 
 @functools.lru_cache(maxsize=4096)

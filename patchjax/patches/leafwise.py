@@ -43,6 +43,10 @@ class Plan:
   dtype: Any = None
   checked: Literal["all", "result"] | None = None
 
+  def counts(self, index: int) -> tuple[transform.Count, ...]:
+    """Returns what a stage counts, one after another."""
+    return transform.counts_of(*self.stages[index])
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -161,25 +165,29 @@ def _base_of_steps(plan: Plan, base: Any) -> Any:
   return widened(base)
 
 
-def count(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
-  """Returns stage `index`'s count over one leaf, summed over its shards.
+def count(
+  plan: Plan, index: int, number: int, leaf, base, sources, state, shared
+) -> Any:
+  """Returns one pass of stage `index` over one leaf, summed over its shards.
 
   Args:
     plan: what is computed.
     index: of the stage that counts.
+    number: of what it counts.
     leaf: where the leaf is.
     base: the base's leaf, or None.
     sources: of the contributors, as in `Work`.
     state: of each stage, resolved for the leaf.
     shared: carry of each stage: final before `index`, current at it.
   """
-  step, options = plan.stages[index]
-  if not step.once:
+  _, options = plan.stages[index]
+  counted = plan.counts(index)[number]
+  if not counted.once:
     base, sources, state = lax.stop_gradient((base, sources, state))
   seen = _seen(plan, index, leaf, base, sources, state, shared)
 
   def reduce(seen, leaf, state, carry):
-    return step.reduce(leaf, *seen, state, carry, **dict(options))
+    return counted.reduce(leaf, *seen, state, carry, **dict(options))
 
   return placement.sum_over_shards(
     reduce, seen, leaf, state[index], shared[index]
@@ -223,17 +231,27 @@ def keys(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
 
 
 def count_whole(
-  plan: Plan, index: int, leaf, base, sources, state, shared
+  plan: Plan, index: int, number: int, leaf, base, sources, state, shared
 ) -> Any:
   """Returns `count`, once earlier stages have counted over the leaf alone."""
   shared = _leaf_passes(plan, index, leaf, base, sources, state, shared)
-  return count(plan, index, leaf, base, sources, state, shared)
+  return count(plan, index, number, leaf, base, sources, state, shared)
 
 
-def finish(plan: Plan, index: int, total, carry) -> Any:
+def finish(plan: Plan, index: int, number: int, total, carry) -> Any:
   """Returns stage `index`'s next carry, and whether its passes are done."""
-  step, options = plan.stages[index]
-  return step.finish(total, carry, **dict(options))
+  _, options = plan.stages[index]
+  counted = plan.counts(index)[number]
+  return counted.finish(total, carry, **dict(options))
+
+
+def needed(plan: Plan, index: int, number: int, carry) -> Any:
+  """Returns whether stage `index` has to make a first pass."""
+  _, options = plan.stages[index]
+  counted = plan.counts(index)[number]
+  if counted.needed is None:
+    return True
+  return counted.needed(carry, **dict(options))
 
 
 def _leaf_passes(
@@ -244,25 +262,55 @@ def _leaf_passes(
   for index, (step, options) in enumerate(plan.stages[:stop]):
     if transform.scope_of(step, options) != "leaf":
       continue
-    if step.once:
-      total = count(plan, index, leaf, base, sources, state, shared)
-      shared[index], _ = finish(plan, index, total, shared[index])
-      continue
-    held = lax.stop_gradient((base, sources, state, tuple(shared)))
-
-    def body(carry, index=index, held=held):
-      # Without the barrier the compiler computes the deltas once, before the
-      # loop, and keeps them: memory of the leaf's size, and slower.
-      held, carry = lax.optimization_barrier((held, carry))
-      base, sources, state, shared = held
-      now = (*shared[:index], carry[0], *shared[index + 1 :])
-      total = count(plan, index, leaf, base, sources, state, now)
-      return finish(plan, index, total, carry[0])
-
-    shared[index], _ = lax.while_loop(
-      lambda carry: ~carry[1], body, (held[3][index], jnp.asarray(False))
-    )
+    for number in range(len(plan.counts(index))):
+      shared[index] = _passes(
+        plan, index, number, leaf, base, sources, state, tuple(shared)
+      )
   return tuple(shared)
+
+
+def _passes(
+  plan: Plan, index: int, number: int, leaf, base, sources, state, shared
+) -> Any:
+  """Returns the carry of a stage after all passes over one leaf."""
+  if plan.counts(index)[number].once:
+    # Behind a barrier, as in `repeated`: what the update computes too would
+    # be kept in between.
+    held = lax.optimization_barrier((base, sources, state, shared))
+    total = count(plan, index, number, leaf, *held)
+    return finish(plan, index, number, total, shared[index])[0]
+
+  def one_pass(held, carry):
+    base, sources, state, shared = held
+    now = (*shared[:index], carry, *shared[index + 1 :])
+    total = count(plan, index, number, leaf, base, sources, state, now)
+    return finish(plan, index, number, total, carry)
+
+  held = lax.stop_gradient((base, sources, state, shared))
+  first = needed(plan, index, number, held[3][index])
+  return repeated(one_pass, held, held[3][index], first)
+
+
+def repeated(one_pass: Any, held: Any, carry: Any, needed: Any) -> Any:
+  """Returns the last carry of passes over what is held, none if not needed.
+
+  Args:
+    one_pass: `(held, carry) -> (carry, done)`.
+    held: the arrays that every pass reads.
+    carry: the first.
+    needed: whether a pass is needed.
+  """
+
+  def body(carry):
+    # Without the barrier the compiler computes the deltas once, before the
+    # loop, and keeps them: memory of the leaf's size, and slower.
+    held_, carry = lax.optimization_barrier((held, carry))
+    return one_pass(held_, carry[0])
+
+  carry, _ = lax.while_loop(
+    lambda carry: ~carry[1], body, (carry, ~jnp.asarray(needed))
+  )
+  return carry
 
 
 def update(plan: Plan, leaf, base, sources, state, shared) -> Any:

@@ -214,8 +214,7 @@ _TERNARIZE = transform.register_step(
     name="ternarize",
     update=_ternarize,
     start=_ternarize_start,
-    reduce=_ternarize_reduce,
-    finish=_ternarize_finish,
+    counts=transform.one_count(_ternarize_reduce, _ternarize_finish),
     scope=lambda *, scope: scope,
   )
 )

@@ -1,27 +1,30 @@
-"""The k-th largest magnitude, exactly, without a sort or a gather.
+"""The k-th largest key, exactly, without a sort or a gather.
 
-The bit pattern of a float without its sign is an unsigned integer that orders
-magnitudes. A k-ary search over those integers needs only counts: a pass
-counts, for five thresholds at once, the entries at or above each, and keeps
-one sixth of the range. Twelve passes settle float32, six the 16-bit floats.
-Counting adds integers, so the answer has the same bits however an array is
-cut over devices, and a pass sends ten integers, never parameters. (Sorting
-costs some sixty times as much, and on a mesh gathers the array.)
+Keys are unsigned integers that order what is selected (see `ordering`). A
+pass counts, for five thresholds at once, the keys at or above each, and the
+search goes on between the two that have k between them. Counting adds
+integers, so the answer has the same bits however an array is cut over
+devices, and a pass sends ten integers, never parameters. (Sorting costs some
+sixty times as much, and on a mesh gathers the array.)
+
+What costs is the number of passes, since each reads all there is. So the
+thresholds are aimed: first with a histogram of a few thousand keys, then by
+what the counts say of where k lies, a little to either side of it. Two more
+stand on either side of the roundest number in the range, since keys that
+many entries share (of differences of 16-bit numbers, say) are round. Three or
+four passes do, where cutting in sixths takes twelve; a pass that has not cut
+off five sixths is followed by one that does, whatever the keys are.
 
 Where ties must be broken, an entry's key goes on after its magnitude with the
 position of its leaf and its own index, both complemented: the lowest wins.
 The search then refines those words in turn, only if a tie straddles the cut.
-
-Any other unsigned keys do as well. `ordered_bits` orders floats with their
-sign, and `cuts` makes of two functions, for the keys of a leaf and for the
-ranks, what a `Step` needs to have the cuts at hand when it updates.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,94 +33,25 @@ import numpy as np
 from jax import lax
 
 from patchjax.patches import placement
-from patchjax.patches.counting import at_least, carried, count_true, limbs
-from patchjax.trees.errors import DtypeError, SelectionError
+from patchjax.patches.counting import (
+  LIMB,
+  at_least,
+  carried,
+  count_true,
+  limbs,
+  number_of,
+)
 
 Array = Any
 
-_WAYS = 6
-"""Parts a pass cuts the range in: five counts share one read of the data."""
+_WORDS = 5
+"""Thresholds of a pass: they share one read of the data."""
 
-_WORDS = {4: ("uint32", 31), 2: ("uint16", 15)}
+_BUCKETS = 12
+"""Bits of a key that the histogram of a sample tells apart."""
 
-
-def magnitude_bits(x: Array) -> Array:
-  """Returns unsigned integers that order the magnitudes of `x`.
-
-  Both zeros are 0, denormals keep their order, and NaN comes above infinity.
-
-  Args:
-    x: float32, bfloat16 or float16 array.
-
-  Raises:
-    DtypeError: for other dtypes.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> magnitude_bits(jnp.float16([-0.0, 2.0, -2.0, jnp.inf])).tolist()
-    [0, 16384, 16384, 31744]
-  """
-  dtype = np.dtype(x.dtype)
-  if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize not in _WORDS:
-    raise DtypeError(
-      f"magnitudes are selected in float32, bfloat16 or float16, got "
-      f"{dtype}; cast first, e.g. x.astype('float32')"
-    )
-  word, bits = _WORDS[dtype.itemsize]
-  pattern = lax.bitcast_convert_type(x, jnp.dtype(word))
-  return pattern & jnp.asarray((1 << bits) - 1, word)
-
-
-def magnitude_keys(x: Array) -> Array:
-  """Returns the magnitudes of floats as `uint32` keys of 31 bits.
-
-  64-bit floats are ranked as float32: rounding keeps the order, and what it
-  makes equal is kept together. Derivatives stop here.
-
-  Args:
-    x: array of floats.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> key = magnitude_keys(jnp.float32([-2.0]))
-    >>> magnitude_of(key).tolist()
-    [2.0]
-  """
-  return magnitude_bits(lax.stop_gradient(x).astype(jnp.float32))
-
-
-def magnitude_of(key: Array) -> Array:
-  """Returns the float32 magnitude of a key from `magnitude_keys`."""
-  return lax.bitcast_convert_type(jnp.asarray(key), jnp.float32)
-
-
-def ordered_bits(x: Array) -> Array:
-  """Returns `uint32` keys that order floats with their sign.
-
-  -0.0 comes just below 0.0; NaN comes above all, or below all if its sign
-  bit is set. Derivatives stop here.
-
-  Args:
-    x: array of floats; 64-bit floats are ranked as float32.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> keys = ordered_bits(jnp.float32([-1.5, -0.0, 0.0, 2.0]))
-    >>> bool((keys[:-1] < keys[1:]).all()), value_of(keys).tolist()
-    (True, [-1.5, -0.0, 0.0, 2.0])
-  """
-  x = lax.stop_gradient(x).astype(jnp.float32)
-  pattern = lax.bitcast_convert_type(x, jnp.uint32)
-  sign = jnp.uint32(1 << 31)
-  return jnp.where(pattern >= sign, ~pattern, pattern | sign)
-
-
-def value_of(key: Array) -> Array:
-  """Returns the float32 of a key from `ordered_bits`."""
-  key = jnp.asarray(key)
-  sign = jnp.uint32(1 << 31)
-  pattern = jnp.where(key >= sign, key ^ sign, ~key)
-  return lax.bitcast_convert_type(pattern, jnp.float32)
+_SAMPLE = 1 << 14
+"""Keys that are looked at before the first pass, if there are more."""
 
 
 @jax.tree_util.register_dataclass
@@ -127,53 +61,130 @@ class Search:
 
   Attributes:
     k: limbs `int32[2]` of the rank that is sought.
-    found: words of the key settled so far, `uint32[4]`: magnitude, and the
-      complements of leaf position, row and index; words not settled are 0.
+    found: words of the least key that the k-th can be, `uint32[4]`: magnitude,
+      and the complements of leaf position, row and index; words that are not
+      searched yet are 0.
     phase: which word is being searched, `int32[]`.
-    step: width of the range left for that word, `uint32[]`.
+    span: that word is at most so much larger than in `found`, `uint32[]`.
+    over: how many more than k keys are at or above `found`, `float32[]`.
+    under: and how many less than k are above all that is left.
+    words: thresholds of the next pass, `uint32[5]`, all in what is left.
+    even: whether they cut what is left in equal parts, `bool[]`.
     widths: bits of each of the words, static.
     early: whether the search may end, static, as soon as exactly k keys are
       at or above `found`, which then is a cut and perhaps no key.
+    stride: of how many keys one is looked at before the first pass, static.
   """
 
   k: Array
   found: Array
   phase: Array
-  step: Array
+  span: Array
+  over: Array
+  under: Array
+  words: Array
+  even: Array
   widths: tuple[int, ...] = dataclasses.field(metadata={"static": True})
   early: bool = dataclasses.field(metadata={"static": True})
+  stride: int = dataclasses.field(metadata={"static": True})
 
   @property
   def done(self) -> Array:
     """Whether the threshold is found."""
-    return self.phase >= jnp.int32(len(self.widths))
+    return self.phase >= np.int32(len(self.widths))
+
+  @property
+  def in_ties(self) -> Array:
+    """Whether the first word is found, and ties are to be broken."""
+    return ~self.done & (self.phase > np.int32(0))
+
+  @property
+  def in_keys(self) -> Array:
+    """Whether the first word is still to be found."""
+    return self.phase == np.int32(0)
+
+  def __iter__(self) -> Iterator[Search]:
+    """Goes over several searches whose arrays are stacked."""
+    return (self[i] for i in range(self.phase.shape[0]))
+
+  def __getitem__(self, which: Any) -> Search:
+    return jax.tree.map(lambda x: x[which], self)
 
 
 def search(
-  k: Array, widths: tuple[int, ...] = (31,), *, early: bool = True
+  k: Array,
+  shapes: Sequence[tuple[int, ...]],
+  *,
+  bits: int = 31,
+  exact: bool = False,
+  early: bool = True,
 ) -> Search:
   """Returns a search for rank `k` (limbs) at its beginning.
 
   Args:
     k: limbs of the rank; of rank 0 nothing is kept.
-    widths: bits of the key, then (for exactly k) of the leaf's
-      position, the row and the index; see `key_widths`.
+    shapes: of the leaves that are searched together, in order of names.
+    bits: of a key.
+    exact: whether exactly k are kept: ties go to the first leaf, then to the
+      lowest index.
     early: whether any cut with k keys above will do, or the k-th key itself
       is wanted.
   """
-  return Search(
-    # On the host where k is: nothing small to compile outside jit.
-    k=k,
+  size = sum(map(math.prod, shapes))
+  span = (1 << bits) - 1
+  cuts = np.arange(1, _WORDS + 1, dtype=np.uint32)
+  every = Search(
+    k=limbs(size),
     found=np.zeros(4, np.uint32),
     phase=np.int32(0),
-    step=np.uint32(_full(widths[0])),
-    widths=widths,
+    span=np.uint32(span),
+    over=np.float32(0),
+    under=np.float32(size),
+    words=np.uint32(span // (_WORDS + 1)) * cuts,
+    even=np.bool_(True),
+    widths=key_widths(shapes, bits) if exact else (bits,),
     early=early,
+    # An odd one: rows are even in length, and all columns shall be seen.
+    stride=(size // _SAMPLE) | 1,
+  )
+  return of_rank(every, k)
+
+
+def of_rank(every: Search, k: Array) -> Search:
+  """Returns a search at its beginning for another rank.
+
+  Args:
+    every: a search at its beginning, of the rank of all keys.
+    k: limbs of the rank.
+  """
+  # On the host where k is: nothing small to compile outside jit.
+  xp = np if isinstance(k, np.ndarray) else jnp
+  over = number_of(every.k - k, xp)
+  # Nothing is kept, or all: that is no question.
+  trivial = (k == 0).all() | ((over == xp.float32(0)) & every.early)
+  end = np.int32(len(every.widths))
+  return dataclasses.replace(
+    every,
+    k=k,
+    phase=xp.where(trivial, end, np.int32(0)),
+    over=over,
+    under=number_of(k, xp),
   )
 
 
+def stacked(searches: Sequence[Search]) -> Search:
+  """Returns several searches as one, with an axis more.
+
+  Args:
+    searches: for keys of as many bits, in the same leaves.
+  """
+  host = all(isinstance(x, np.ndarray) for x in jax.tree.leaves(searches))
+  stack = np.stack if host else jnp.stack
+  return jax.tree.map(lambda *xs: stack(xs), *searches)
+
+
 def key_widths(
-  shapes: list[tuple[int, ...]], bits: int = 31
+  shapes: Sequence[tuple[int, ...]], bits: int = 31
 ) -> tuple[int, ...]:
   """Returns the widths of the words that tell any two entries apart.
 
@@ -182,51 +193,85 @@ def key_widths(
     bits: of the magnitude.
   """
   rows, columns = zip(*map(placement.extents, shapes), strict=True)
-  words = (max(size - 1, 1).bit_length() for size in (max(rows), max(columns)))
+  words = ((size - 1).bit_length() for size in (max(rows), max(columns)))
   # A leaf that is searched alone has no others before or after it.
   leaves = (len(shapes) - 1).bit_length()
   return (bits, leaves, *words)
 
 
-def thresholds(state: Search) -> tuple[Array, Array]:
-  """Returns the five words to compare with, and which of them are in range."""
-  top = jnp.asarray([(1 << w) - 1 for w in state.widths], jnp.uint32)
-  phase = jnp.minimum(state.phase, jnp.int32(len(state.widths) - 1))
-  found = state.found[phase]
-  words = found + _sixth(state.step) * jnp.arange(1, _WAYS, dtype=jnp.uint32)
-  # Of 32 bits words may go round: those are out of range too.
-  in_range = (words <= top[phase]) & (words >= found)
-  return jnp.where(in_range, words, top[phase]), in_range
+# ---------------------------------------------------------------------------
+# Before the first pass: a sample.
 
 
-def _full(width: int) -> int:
-  """Returns how many words there are of some bits, as far as it fits."""
-  # A range of 2**32 does not; one less is cut in the same sixths.
-  return min(1 << width, 0xFFFFFFFF)
-
-
-def _sixth(step: Array) -> Array:
-  """Returns a range's sixth, rounded up; the range is not empty."""
-  return (step - jnp.uint32(1)) // jnp.uint32(_WAYS) + jnp.uint32(1)
-
-
-def count_keys(x: Array, leaf: placement.Leaf, state: Search) -> Array:
-  """Returns how many magnitudes of a leaf are at or above each threshold.
+def sketch(
+  keys: Array, leaf: placement.Leaf, states: tuple[Search, ...]
+) -> Array:
+  """Returns a histogram of some of a leaf's keys, for `aimed`.
 
   Args:
-    x: the leaf's floats (its shard, inside `shard_map`).
-    leaf: where the leaf is in the model.
-    state: the search.
+    keys: unsigned integers of the leaf's (or shard's) shape.
+    leaf: where the leaf is.
+    states: the searches, for keys of as many bits.
 
   Returns:
-    limbs `int32[2, 5]` of this leaf or shard alone; sums over leaves and
-    shards go to `narrow`.
+    `int32[len(states), 4096]`, of this leaf or shard alone; zeros if its
+    arrays may lie on several devices, where taking some apart is dear.
   """
-  return count_at_least(magnitude_bits(x), leaf, (state,))[0]
+  histogram = jnp.zeros(1 << _BUCKETS, jnp.int32)
+  if leaf.local and keys.size:
+    state = states[0]
+    some = keys.reshape(-1)[:: state.stride].astype(jnp.uint32)
+    buckets = some >> jnp.uint32(_shift(state))
+    histogram = histogram.at[buckets].add(jnp.int32(1), mode="drop")
+  return jnp.broadcast_to(histogram, (len(states), 1 << _BUCKETS))
+
+
+def _shift(state: Search) -> int:
+  return max(state.widths[0] - _BUCKETS, 0)
+
+
+def aimed(histogram: Array, state: Search) -> Search:
+  """Returns a search at its beginning, with thresholds near k.
+
+  Args:
+    histogram: of a sample, `int32[4096]`, summed over leaves and shards.
+    state: the search.
+  """
+  above = lax.cumsum(histogram, reverse=True)
+  size = above[0].astype(jnp.float32)
+  of = state.under / jnp.maximum(state.under + state.over, jnp.float32(1))
+  rank = size * of
+  sigma = jnp.sqrt(rank * (jnp.float32(1) - of)) + jnp.float32(1)
+  ranks = rank + sigma * jnp.asarray([4.0, 1.3, -1.3, -4.0], jnp.float32)
+  # The last bucket at whose lower end so many are above, and how far in it.
+  enough = above[:, None].astype(jnp.float32) >= ranks[None]
+  at = jnp.maximum(jnp.sum(enough, axis=0, dtype=jnp.int32) - 1, 0)
+  over = above[at].astype(jnp.float32) - ranks
+  inside = over / jnp.maximum(histogram[at], 1).astype(jnp.float32)
+  width = 1 << _shift(state)
+  far = jnp.clip(inside, 0.0, 1.0) * jnp.float32(width)
+  words = at.astype(jnp.uint32) * jnp.uint32(width) + far.astype(jnp.uint32)
+  # Zeros of sparse task vectors are told from all others.
+  words = jnp.concatenate([jnp.ones(1, jnp.uint32), words])
+  words = jnp.clip(words, jnp.uint32(1), state.span)
+  use = (size > jnp.float32(0)) & (state.phase == jnp.int32(0))
+  return dataclasses.replace(
+    state,
+    words=jnp.where(use, words, state.words),
+    even=jnp.where(use, jnp.asarray(False), state.even),
+  )
+
+
+# ---------------------------------------------------------------------------
+# A pass.
 
 
 def count_at_least(
-  keys: Array, leaf: placement.Leaf, states: tuple[Search, ...]
+  keys: Array,
+  leaf: placement.Leaf,
+  states: tuple[Search, ...],
+  *,
+  ties: bool = False,
 ) -> Array:
   """Returns how many keys are at or above each search's thresholds.
 
@@ -234,25 +279,23 @@ def count_at_least(
     keys: unsigned integers of the leaf's (or shard's) shape.
     leaf: where the leaf is in the model.
     states: the searches; all of them share one read of the keys.
+    ties: whether the words after the first are searched, or the first.
 
   Returns:
     limbs `int32[len(states), 2, 5]`.
   """
   masks = []
-  index: tuple[Array, Array] | None = None
+  index = leaf.index() if ties else None
   for state in states:
-    leaf = _alone(leaf, state)
-    words, _ = thresholds(state)
-    if len(state.widths) == 1:
+    words = [state.words[i] for i in range(_WORDS)]
+    if index is None:
       masks += [keys >= word.astype(keys.dtype) for word in words]
       continue
-    index = leaf.index() if index is None else index
-    ranked = _ranked(keys, leaf, index, state)
-    # Keys as they are, or from 1 on: 0 is for what is below all ties.
-    more = (state.phase > jnp.int32(0)).astype(jnp.uint32)
-    masks += [ranked >= word + more for word in words]
+    ranked = _ranked(keys, _alone(leaf, state), index, state)
+    # Words count from 1 on: 0 is for what is below all ties.
+    masks += [ranked > word for word in words]
   counts = count_true(tuple(masks), local=leaf.local)
-  return counts.reshape(2, len(states), _WAYS - 1).swapaxes(0, 1)
+  return counts.reshape(2, len(states), _WORDS).swapaxes(0, 1)
 
 
 def _ranked(
@@ -263,9 +306,10 @@ def _ranked(
 ) -> Array:
   """Returns the word of each entry that is searched now, `uint32`.
 
-  Once per read, so that each threshold costs one comparison. After the first
-  phase it is one more than the word, for entries that tie with what is found
-  so far; the others are 0 below and the largest number above.
+  Once per read, so that each threshold costs one comparison. One more than
+  the word, for entries that tie with what is found so far; the others are 0
+  below and the largest number above. A leaf that a search ends in early may
+  have words of 0.
   """
   keys = keys.astype(jnp.uint32)
   row, column = index
@@ -281,8 +325,198 @@ def _ranked(
   tie = jnp.where(leaf.after == found[1], tie, side)
   tie = jnp.where(state.phase == jnp.int32(1), leaf.after + one, tie)
   ranked = jnp.where(keys > found[0], above, below)
-  ranked = jnp.where(keys == found[0], tie, ranked)
-  return jnp.where(state.phase == jnp.int32(0), keys, ranked)
+  return jnp.where(keys == found[0], tie, ranked)
+
+
+def narrow(counts: Array, state: Search) -> Search:
+  """Returns the search after a pass over the keys.
+
+  Args:
+    counts: limbs `int32[2, 5]` summed over leaves and shards.
+    state: the search before; one that is over stays as it is.
+  """
+  new, hit = _narrowed(counts, state, state.found[0])
+  following, span = _after(state.widths, 0)
+  settled = new.span == jnp.uint32(0)
+  least = new.found
+  new = dataclasses.replace(
+    new,
+    found=_put(state.found, jnp.int32(0), least),
+    phase=jnp.where(settled, jnp.int32(following), state.phase),
+    span=jnp.where(settled, jnp.uint32(span), new.span),
+  )
+  least = jnp.where(settled, jnp.uint32(0), least)
+  return _aimed_again(new, state, hit, least, state.in_keys)
+
+
+def narrow_ties(counts: Array, state: Search) -> Search:
+  """Returns the search after a pass over what ties.
+
+  Args:
+    counts: see `narrow`.
+    state: the search before; one that is over stays as it is.
+  """
+  least = sum(
+    jnp.where(state.phase == jnp.int32(i), state.found[i], jnp.uint32(0))
+    for i in (1, 2, 3)
+  )
+  new, hit = _narrowed(counts, state, least)
+  settled = new.span == jnp.uint32(0)
+  phase, span, least = state.phase, new.span, new.found
+  for i in (1, 2, 3):
+    following, full = _after(state.widths, i)
+    moves = settled & (state.phase == jnp.int32(i))
+    phase = jnp.where(moves, jnp.int32(following), phase)
+    span = jnp.where(moves, jnp.uint32(full), span)
+  new = dataclasses.replace(
+    new, found=_put(state.found, state.phase, least), phase=phase, span=span
+  )
+  least = jnp.where(settled, jnp.uint32(0), least)
+  return _aimed_again(new, state, hit, least, state.in_ties)
+
+
+def _put(words: Array, at: Array, word: Array) -> Array:
+  """Returns the words of a key with one replaced."""
+  return jnp.where(jnp.arange(4, dtype=jnp.int32) == at, word, words)
+
+
+def _after(widths: tuple[int, ...], phase: int) -> tuple[int, int]:
+  """Returns the next phase whose word has any bits, and its largest word."""
+  later = range(phase + 1, len(widths))
+  following = next((i for i in later if widths[i]), len(widths))
+  return following, (1 << (*widths, 0)[following]) - 1
+
+
+def _narrowed(
+  counts: Array, state: Search, least: Array
+) -> tuple[Search, Array]:
+  """Returns the search of one word after a pass, and whether it hit k.
+
+  `found` is the least word that is left. Written with few operations: all of
+  it is compiled for every loop, and none of it takes time.
+  """
+  # Thresholds are in no order: the highest with k keys, the lowest without.
+  more = number_of(carried(counts) - state.k[:, None])
+  enough = more >= jnp.float32(0)
+  most = least + state.span
+  low = jnp.max(jnp.where(enough, state.words, least))
+  high = jnp.min(jnp.where(enough, most, state.words - jnp.uint32(1)))
+  over = jnp.min(jnp.where(enough, more, state.over))
+  under = jnp.min(jnp.where(enough, state.under, -more))
+  span = high - low
+  even = ~state.even & (span > state.span // jnp.uint32(_WORDS + 1))
+  new = dataclasses.replace(
+    state, found=low, span=span, over=over, under=under, even=even
+  )
+  return new, over == jnp.float32(0)
+
+
+def _aimed_again(
+  new: Search, old: Search, hit: Array, least: Array, mine: Array
+) -> Search:
+  """Returns the search with its next thresholds, or as it was."""
+  phase = new.phase
+  if new.early:
+    phase = jnp.where(hit, jnp.int32(len(new.widths)), phase)
+  new = dataclasses.replace(new, phase=phase, words=_next_words(new, least))
+  return jax.tree.map(lambda a, b: jnp.where(mine, b, a), old, new)
+
+
+def _next_words(state: Search, least: Array) -> Array:
+  """Returns thresholds in `least + 1 .. least + span`."""
+  one, span = jnp.uint32(1), jnp.maximum(state.span, jnp.uint32(1))
+  steps = jnp.arange(1, _WORDS + 1, dtype=jnp.uint32)
+  sixth = (span - one) // jnp.uint32(_WORDS + 1) + one
+  # As if keys were spread evenly over what is left: k lies about there, and
+  # with two thirds of certainty not further than sigma from it.
+  left = jnp.maximum(state.over + state.under, jnp.float32(1))
+  part = (state.over + jnp.float32(0.5)) / left
+  part = jnp.clip(part, 0.0, 1.0)
+  width = span.astype(jnp.float32)
+  sigma = jnp.sqrt(part * (jnp.float32(1) - part) / left) * width
+  sigma = jnp.maximum(sigma, jnp.float32(1))
+  far = part * width + sigma * jnp.asarray([-2, 0, 2, 0, 0], jnp.float32)
+  far = jnp.clip(far, 1.0, 4294967040.0).astype(jnp.uint32)
+  most = least + span
+  differ = jnp.uint32(31) - lax.clz((least ^ most) | one)
+  round_ = ((most >> differ) << differ) - least
+  far = jnp.where(steps > jnp.uint32(3), round_ + steps - jnp.uint32(4), far)
+  cut = state.even | (span <= jnp.uint32(_WORDS))
+  far = jnp.where(cut, jnp.minimum(sixth, span) * steps, far)
+  return least + jnp.clip(far, one, span)
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+  """Passes of one kind.
+
+  Attributes:
+    count: `(keys, leaf, searches)`, an array with an entry a search, to be
+      summed over leaves and shards.
+    narrow: `(its part of the sum, search)`, the search after the pass.
+    open: `(search)`, whether it needs such a pass.
+    once: whether there is one at most.
+  """
+
+  count: Callable[..., Array]
+  narrow: Callable[[Array, Search], Search]
+  open: Callable[[Search], Array]
+  once: bool = False
+
+  def after(self, counts: Array, state: Search) -> tuple[Search, Array]:
+    """Returns the searches after a pass, and whether it was the last.
+
+    Args:
+      counts: of all of them, summed over leaves and shards.
+      state: the searches, stacked.
+    """
+    state = jax.vmap(self.narrow)(counts, state)
+    last = jnp.asarray(True) if self.once else ~self.open(state).any()
+    return state, last
+
+
+def rounds(*, exact: bool) -> tuple[Round, ...]:
+  """Returns the kinds of passes of a search, in their order.
+
+  Args:
+    exact: whether ties are broken.
+  """
+  return _ROUNDS if exact else _ROUNDS[:2]
+
+
+def _count_ties(keys, leaf, states):
+  return count_at_least(keys, leaf, states, ties=True)
+
+
+_ROUNDS = (
+  Round(sketch, aimed, lambda state: state.in_keys, once=True),
+  Round(count_at_least, narrow, lambda state: state.in_keys),
+  Round(_count_ties, narrow_ties, lambda state: state.in_ties),
+)
+
+
+# ---------------------------------------------------------------------------
+# What a finished search says.
+
+
+def keep_keys(keys: Array, leaf: placement.Leaf, state: Search) -> Array:
+  """Returns the mask of the keys a finished search selects.
+
+  Args:
+    keys: the same unsigned integers that were counted.
+    leaf: where the leaf is in the model.
+    state: the finished search.
+
+  Returns:
+    a boolean array: keys of at least the k-th largest, or exactly k of them
+    if the search had all its words. None for k = 0.
+  """
+  some = at_least(state.k, jnp.asarray(limbs(1)))
+  if len(state.widths) == 1:
+    mask = keys >= state.found[0].astype(keys.dtype)
+  else:
+    mask = _not_below(keys, _alone(leaf, state), leaf.index(), state.found)
+  return mask & some
 
 
 def _not_below(
@@ -311,70 +545,6 @@ def _not_below(
   return (bits > cut[0]) | ((bits == cut[0]) & tie)
 
 
-def narrow(counts: Array, state: Search) -> Search:
-  """Returns the search after a pass.
-
-  Args:
-    counts: limbs `int32[2, 5]` summed over leaves and shards.
-    state: the search before.
-  """
-  counts = carried(counts)
-  _, in_range = thresholds(state)
-  enough = at_least(counts, state.k[:, None]) & in_range
-  step = _sixth(state.step)
-  moved = jnp.sum(enough, dtype=jnp.int32)
-  last = len(state.widths) - 1
-  phase = jnp.minimum(state.phase, jnp.int32(last))
-  found = state.found.at[phase].add(step * moved.astype(jnp.uint32))
-  settled = step <= jnp.uint32(1)
-  following = jnp.minimum(state.phase + jnp.int32(1), jnp.int32(last))
-  width = jnp.asarray([_full(w) for w in state.widths], jnp.uint32)[following]
-  phase = state.phase + settled.astype(jnp.int32)
-  if state.early:
-    at = jnp.maximum(moved - jnp.int32(1), jnp.int32(0))
-    hit = (moved > jnp.int32(0)) & (counts[:, at] == state.k).all()
-    phase = jnp.where(hit, jnp.int32(last + 1), phase)
-  new = dataclasses.replace(
-    state, found=found, phase=phase, step=jnp.where(settled, width, step)
-  )
-  return jax.tree.map(lambda a, b: jnp.where(state.done, a, b), state, new)
-
-
-def keep(x: Array, leaf: placement.Leaf, state: Search) -> Array:
-  """Returns the mask of the entries a finished search selects.
-
-  Args:
-    x: the same floats that were counted.
-    leaf: where the leaf is in the model.
-    state: the finished search.
-
-  Returns:
-    a boolean array: entries with a magnitude of at least the k-th largest,
-    or exactly k of them if the search had all its words. None for k = 0.
-  """
-  return keep_keys(magnitude_bits(x), leaf, state)
-
-
-def keep_keys(keys: Array, leaf: placement.Leaf, state: Search) -> Array:
-  """Returns the mask of the keys a finished search selects.
-
-  Args:
-    keys: the same unsigned integers that were counted.
-    leaf: where the leaf is in the model.
-    state: the finished search.
-
-  Returns:
-    a boolean array: keys of at least the k-th largest, or exactly k of them
-    if the search had all its words. None for k = 0.
-  """
-  some = at_least(state.k, jnp.asarray(limbs(1)))
-  if len(state.widths) == 1:
-    mask = keys >= state.found[0].astype(keys.dtype)
-  else:
-    mask = _not_below(keys, _alone(leaf, state), leaf.index(), state.found)
-  return mask & some
-
-
 def _alone(leaf: placement.Leaf, state: Search) -> placement.Leaf:
   """Returns the leaf as the only one, if it is the only one searched."""
   if len(state.widths) == 1 or state.widths[1]:
@@ -391,20 +561,7 @@ def cut_key(state: Search) -> Array:
   return state.found[0]
 
 
-def settled(k: Array, key: Any, bits: int = 32) -> Search:
-  """Returns the finished search whose k-th key was found in another way.
-
-  Args:
-    k: limbs of the rank.
-    key: the k-th largest key.
-    bits: of the keys.
-  """
-  start = search(k, (bits,), early=False)
-  found = jnp.asarray(start.found).at[0].set(jnp.asarray(key, jnp.uint32))
-  return dataclasses.replace(start, found=found, phase=np.int32(1))
-
-
-def resumed(start: Search, key: int, count: int) -> Search:
+def resumed(start: Search, key: int, count: int, above: int) -> Search:
   """Returns a search whose k-th key was found in another way.
 
   Ties at the cut, where they are to be broken, are still to be searched.
@@ -413,222 +570,19 @@ def resumed(start: Search, key: int, count: int) -> Search:
     start: the search at its beginning.
     key: the k-th largest key.
     count: how many keys are at or above it.
+    above: how many are above it.
   """
-  found, phase = np.zeros(4, np.uint32), 1
-  found[0] = key
-  if start.early and (limbs(count) == start.k).all():
+  k = (int(start.k[0]) << LIMB) + int(start.k[1])
+  phase, span = _after(start.widths, 0)
+  if start.early and count == k:
     phase = len(start.widths)
-  following = start.widths[min(phase, len(start.widths) - 1)]
+  words = span // (_WORDS + 1) * np.arange(1, _WORDS + 1) + 1
   return dataclasses.replace(
     start,
-    found=found,
+    found=np.array([key, 0, 0, 0], np.uint32),
     phase=np.int32(phase),
-    step=np.uint32(_full(following)),
+    span=np.uint32(span),
+    over=np.float32(count - k),
+    under=np.float32(k - above),
+    words=np.clip(words, 1, max(span, 1)).astype(np.uint32),
   )
-
-
-# ---------------------------------------------------------------------------
-# Steps that cut by rank.
-
-
-def cuts(
-  keys: Callable[..., Any],
-  ranks: Callable[..., Any],
-  *,
-  bits: int = 32,
-  exact: Callable[..., bool] | None = None,
-  early: bool = False,
-) -> dict[str, Any]:
-  """Returns the counting functions of a step that cuts keys by rank.
-
-  The step's `update` gets, as `shared`, a tuple of finished searches, one for
-  each array of keys: for `keep_keys`, and `cut_key` with `value_of` or
-  `magnitude_of`. Nothing is sorted or gathered, and the bits of the answer do
-  not depend on how arrays are cut over devices.
-
-  Args:
-    keys: `(leaf, deltas, state, **options)`, a tuple of arrays of unsigned
-      integers, of the leaf's shape (`magnitude_keys`, `ordered_bits`). The
-      same array may stand there several times, for several ranks: it is read
-      once. For a step that needs the base, `(leaf, deltas, base, state,
-      **options)`.
-    ranks: `(state, shapes, k, **options)`, the limbs of the rank for each of
-      them, counted from 1 at the largest key (`shares.entries_of`).
-    bits: of the keys.
-    exact: `(**options) -> bool`, whether ties at a cut are broken, by the
-      order of names, then by index, so that exactly that many are kept.
-    early: whether any cut with that many keys above it will do: for masks,
-      where the k-th key itself is not asked for.
-
-  Returns:
-    keyword arguments of `Step`.
-
-  Example:
-    >>> import jax.numpy as jnp, numpy as np, patchjax as pj
-    >>> from patchjax.patches.counting import limbs
-    >>> def keys(leaf, deltas, state):
-    ...   return tuple(map(ordered_bits, deltas))
-    >>> def ranks(state, shapes, k):
-    ...   return (limbs(2),) * k
-    >>> def less_second(leaf, deltas, base, state, searches):
-    ...   seconds = [value_of(cut_key(search)) for search in searches]
-    ...   return tuple(d - s for d, s in zip(deltas, seconds))
-    >>> step = pj.patches.Step("less_second", less_second, **cuts(keys, ranks))
-    >>> base, tuned = ({"w": np.float32(x)} for x in ([0] * 3, [5, 1, 3]))
-    >>> pj.merge(base, [tuned], pj.Transform.of(step, {}))["w"].tolist()
-    [2.0, -2.0, 0.0]
-  """
-
-  def start(state, shapes, k, **options):
-    widths = (bits,)
-    if exact is not None and exact(**options):
-      widths = key_widths(shapes, bits)
-    found = ranks(state, shapes, k, **options)
-    return tuple(search(rank, widths, early=early) for rank in found)
-
-  def reduce(leaf, deltas, *rest, **options):
-    *seen, searches = rest
-    found = keys(leaf, deltas, *seen, **options)
-    parts: list[Array] = [None] * len(found)
-    for i, key in enumerate(found):
-      if parts[i] is not None:
-        continue
-      alike = [j for j in range(i, len(found)) if found[j] is key]
-      states = tuple(searches[j] for j in alike)
-      for j, part in zip(alike, count_at_least(key, leaf, states)):
-        parts[j] = part
-    return jnp.stack(parts)
-
-  def finish(total, searches, **options):
-    del options
-    searches = tuple(
-      narrow(count, search)
-      for count, search in zip(total, searches, strict=True)
-    )
-    return searches, jnp.stack([search.done for search in searches]).all()
-
-  return {
-    "start": start,
-    "reduce": reduce,
-    "finish": finish,
-    "keys": keys,
-    "ranks": ranks,
-    "key_bits": bits,
-    "exact": exact,
-  }
-
-
-# ---------------------------------------------------------------------------
-# Whole arrays and trees.
-
-
-def kth_magnitude(x: Array, k: Any) -> Array:
-  """Returns the k-th largest magnitude of an array, exactly.
-
-  Works inside and outside jit, vmap and grad (which sees a constant), on any
-  mesh: the passes add integers.
-
-  Args:
-    x: float32, bfloat16 or float16 array; NaN counts as above infinity.
-    k: rank from 1; an int, or limbs `int32[2]`.
-
-  Returns:
-    a scalar of the dtype of `x`.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> kth_magnitude(jnp.float32([3., -5., 1., 4.]), 2)
-    Array(4., dtype=float32)
-  """
-  state = _search_array(x, k, exact=False)
-  word, _ = _WORDS[np.dtype(x.dtype).itemsize]
-  return lax.bitcast_convert_type(state.found[0].astype(word), x.dtype)
-
-
-def top_k_mask(x: Array, k: Any, *, exact: bool = True) -> Array:
-  """Returns the mask of the k entries of largest magnitude.
-
-  Args:
-    x: float32, bfloat16 or float16 array.
-    k: an int, or limbs `int32[2]`.
-    exact: whether ties at the k-th are broken by lowest index; otherwise all
-      of them are kept.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> top_k_mask(jnp.float32([1., -2., 2., 2.]), 2).tolist()
-    [False, True, True, False]
-  """
-  state = _search_array(x, k, exact=exact)
-  return _keep(lax.stop_gradient(x), placement.leaf_of(x), state)
-
-
-def _search_array(x: Array, k: Any, *, exact: bool) -> Search:
-  if not hasattr(k, "shape"):
-    k = limbs(k)
-  bits = _WORDS.get(np.dtype(x.dtype).itemsize, ("", 31))[1]
-  widths = key_widths([x.shape], bits) if exact else (bits,)
-  start = search(k, widths, early=exact)
-  return _passes(lax.stop_gradient(x), placement.leaf_of(x), start)
-
-
-@jax.jit
-def _passes(x: Array, leaf: placement.Leaf, start: Search) -> Search:
-  def body(state):
-    # Without the barrier the bits are computed once, before the loop, and
-    # kept: memory of the array's size, and slower.
-    x_, state_ = lax.optimization_barrier((x, state))
-    counts = placement.sum_over_shards(count_keys, x_, leaf, state_)
-    return narrow(counts, state_)
-
-  return lax.while_loop(lambda state: ~state.done, body, start)
-
-
-def top_k_masks(leaves: Mapping[str, Array], k: int) -> dict[str, Array]:
-  """Returns masks of exactly the k largest magnitudes over several arrays.
-
-  Runs eagerly, a jitted function a leaf, so that nothing of the size of the
-  tree is made. Ties go to the first names in alphabetical order, then to the
-  lowest index: the order of the mapping does not matter.
-
-  Args:
-    leaves: arrays by name, all float32, all bfloat16, or all float16.
-    k: how many entries to select, at most all.
-
-  Raises:
-    SelectionError: if there are fewer than k entries.
-  """
-  size = sum(math.prod(x.shape) for x in leaves.values())
-  if not 0 <= k <= size:
-    raise SelectionError(f"cannot select {k} of {size} entries")
-  order = sorted(leaves)
-  kinds = {np.dtype(x.dtype) for x in leaves.values()}
-  if len(kinds) != 1:
-    raise DtypeError(
-      "magnitudes of one dtype can be ranked together, got "
-      f"{', '.join(sorted(map(str, kinds))) or 'no leaves'}; cast them first"
-    )
-  bits = _WORDS.get(kinds.pop().itemsize, ("", 31))[1]
-  widths = key_widths([leaves[name].shape for name in order], bits)
-  places = {
-    name: placement.leaf_of(leaves[name], i, len(order))
-    for i, name in enumerate(order)
-  }
-  state = search(limbs(k), widths)
-  while not bool(state.done):
-    counts = np.zeros((2, _WAYS - 1), np.int32)
-    for name in order:
-      counts = _count_leaf(leaves[name], places[name], state, counts)
-    state = _narrow(counts, state)
-  return {name: _keep(x, places[name], state) for name, x in leaves.items()}
-
-
-@jax.jit
-def _count_leaf(x, leaf, state, counts):
-  return counts + placement.sum_over_shards(count_keys, x, leaf, state)
-
-
-_narrow = jax.jit(narrow)
-
-
-_keep = jax.jit(keep)

@@ -10,9 +10,9 @@ with `grad`.
 
 A step sees one leaf at a time, whoever runs it: eagerly leaf by leaf, inside
 a user's jit, on a mesh, or over files that do not fit in memory. A step that
-needs the whole tree (a global threshold) also counts: its `reduce` looks at a
-leaf and returns a small array, the runner adds these up over leaves and
-shards, `finish` turns the total into what the next pass or `update` needs.
+needs the whole tree (a global threshold) also counts (`Count`): its `reduce`
+looks at a leaf and returns a small array, the runner adds these up over leaves
+and shards, `finish` turns the total into what the next pass or `update` needs.
 
 A chain runs in one space. In the space of deltas its arrays are task vectors
 `f32(x_i) - f32(base)`, and the base is added to the result; in the space of
@@ -38,9 +38,26 @@ Options = tuple[tuple[str, Hashable], ...]
 Space = Literal["deltas", "params", "either"]
 
 
-def _absent(*args: Any, **options: Any) -> Any:
-  """Stands for the functions of a step that does not count."""
-  raise TypeError("this step does not count")
+@dataclasses.dataclass(frozen=True)
+class Count:
+  """Passes over the leaves, in which a step counts something.
+
+  Attributes:
+    reduce: `(leaf, deltas, state, carry, **options)`, a small array or a
+      pytree of them: summed over leaves and shards. With `Step.needs_base`
+      it is `(leaf, deltas, base, state, carry, **options)`.
+    finish: `(total, carry, **options) -> (carry, done)`; `done` is a boolean
+      scalar, and another pass is made until it is true.
+    once: whether the first pass is always the last. It is then run without a
+      loop, and derivatives go through it; through others they do not.
+    needed: `(carry, **options)`, whether the first pass is needed, by default
+      always.
+  """
+
+  reduce: Callable[..., Any]
+  finish: Callable[..., Any]
+  once: bool = False
+  needed: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +81,15 @@ class Step:
       the numbers (a key, statistics); `shapes` is `{name: ShapeDtypeStruct}`.
     start: `(state, shapes, k, **options) -> carry` of the first pass;
       `shapes` is the list of the shapes of all leaves, in order of names.
-    reduce: `(leaf, deltas, state, carry, **options)`, a small array or a
-      pytree of them: summed over leaves and shards.
-    finish: `(total, carry, **options) -> (carry, done)`; `done` is a boolean
-      scalar, and another pass is made until it is true.
+    counts: `(**options)`, the tuple of what is counted, one after another;
+      the carry goes on from each to the next.
     reducing: whether `update` turns the k deltas into one.
-    scope: `(**options) -> "tree" | "leaf" | "none"`: what `reduce` is summed
-      over, or that these options need no count; by default the tree.
+    scope: `(**options) -> "tree" | "leaf" | "none"`: what counts are summed
+      over, or that these options need none; by default the tree.
     space: `(**options) -> "deltas" | "params" | "either"`: what the arrays
       are; by default deltas. "either" is for steps that commute with adding
       the base, as means do.
-    needs_base: whether the step cannot do without the base. `reduce` is
-      then `(leaf, deltas, base, state, carry, **options)`.
-    once: whether the first pass is always the last. It is then run without a
-      loop, and derivatives go through it; through other counts they do not.
+    needs_base: whether the step cannot do without the base.
     carries_nonfinite: whether NaN or Inf in an entry of any of the arrays is
       always seen in that entry of the result, so that a check of the result
       is enough: sums do, selections do not.
@@ -91,14 +103,12 @@ class Step:
   name: str
   update: Callable[..., Any]
   init: Callable[..., Any] | None = None
-  start: Callable[..., Any] = _absent
-  reduce: Callable[..., Any] = _absent
-  finish: Callable[..., Any] = _absent
+  start: Callable[..., Any] | None = None
+  counts: Callable[..., tuple[Count, ...]] | None = None
   reducing: bool = False
   scope: Callable[..., str] | None = None
   space: Callable[..., str] | None = None
   needs_base: bool = False
-  once: bool = False
   carries_nonfinite: bool = False
   keys: Callable[..., Any] | None = None
   ranks: Callable[..., Any] | None = None
@@ -106,11 +116,22 @@ class Step:
   exact: Callable[..., bool] | None = None
 
   def __post_init__(self):
-    together = (self.start, self.reduce, self.finish)
-    if len({f is _absent for f in together}) > 1:
-      raise ValueError(
-        f"step {self.name!r}: start, reduce and finish go together"
-      )
+    if (self.start is None) != (self.counts is None):
+      raise ValueError(f"step {self.name!r}: start and counts go together")
+
+
+def one_count(
+  reduce: Callable[..., Any], finish: Callable[..., Any], **how: Any
+) -> Callable[..., tuple[Count, ...]]:
+  """Returns the `counts` of a step that counts one thing.
+
+  Args:
+    reduce: see `Count`.
+    finish: see `Count`.
+    **how: other attributes of `Count`.
+  """
+  found = (Count(reduce, finish, **how),)
+  return lambda **options: found
 
 
 _STEPS: dict[str, Step] = {}
@@ -350,9 +371,14 @@ def space_of(step: Step, options: Options) -> Any:
 
 def scope_of(step: Step, options: Options) -> str:
   """Returns what a step counts over: "tree", "leaf", or "none"."""
-  if step.reduce is _absent:
+  if step.counts is None:
     return "none"
   return step.scope(**dict(options)) if step.scope else "tree"
+
+
+def counts_of(step: Step, options: Options) -> tuple[Count, ...]:
+  """Returns what a step counts, one after another."""
+  return step.counts(**dict(options)) if step.counts else ()
 
 
 def per_contributor(value: Any, k: int) -> tuple[Array, ...]:

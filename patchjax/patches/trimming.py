@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from patchjax.patches import selection, shares, transform
+from patchjax.patches import ordering, selection, shares, transform
 from patchjax.patches.counting import at_least, limbs
+from patchjax.patches.rank_cuts import cuts
 
 
 def trim(
@@ -76,7 +77,7 @@ def _ranks(state, shapes, k, *, scope, exact_k, one_more):
 
 def _keys(leaf, deltas, state, **options):
   del leaf, state, options
-  return tuple(map(selection.magnitude_keys, deltas))
+  return tuple(map(ordering.magnitude_keys, deltas))
 
 
 def _update(leaf, deltas, base, state, searches, **options):
@@ -95,7 +96,7 @@ TRIM = transform.register_step(
     name="trim",
     update=_update,
     scope=lambda *, scope, **_: scope,
-    **selection.cuts(
+    **cuts(
       _keys,
       _ranks,
       bits=31,

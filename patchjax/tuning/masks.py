@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from patchjax.patches import placement, selection, shares
+from patchjax.patches import placement, shares, top_k
 from patchjax.patches.codes import Sparse
 from patchjax.patches.deltas import Delta
 from patchjax.patches.encode import indices_of
@@ -104,7 +104,7 @@ def mask_patch(
     )
   size = sum(math.prod(score.shape) for score in scores.values())
   k = entries_selected(density, size)
-  masks = selection.top_k_masks(scores, k)
+  masks = top_k.top_k_masks(scores, k)
   deltas = {}
   for name, mask in masks.items():
     indices = indices_of(np.asarray(mask))

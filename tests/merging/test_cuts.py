@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.patches import Step, Transform, register_step, selection
+from patchjax.patches import Step, Transform, ordering, register_step, selection
 from patchjax.patches.counting import LIMB, limbs
+from patchjax.patches.rank_cuts import cuts
 from tests.merging.models import floats, models, put, same_bits
 
 
 def _keys(leaf, deltas, state, *, scope):
   del leaf, state, scope
   (delta,) = deltas
-  key = selection.ordered_bits(delta)
+  key = ordering.ordered_bits(delta)
   return key, key
 
 
@@ -27,7 +28,7 @@ def _ranks(state, shapes, k, *, scope):
 def _between(leaf, deltas, base, state, searches, *, scope):
   del leaf, base, state, scope
   high, low = (
-    selection.value_of(selection.cut_key(search)) for search in searches
+    ordering.value_of(selection.cut_key(search)) for search in searches
   )
   return tuple(jnp.clip(delta, low, high) for delta in deltas)
 
@@ -37,7 +38,7 @@ CLIP = register_step(
     "test_clip",
     _between,
     scope=lambda *, scope: scope,
-    **selection.cuts(_keys, _ranks),
+    **cuts(_keys, _ranks),
   )
 )
 
@@ -73,11 +74,11 @@ def test_keys_keep_the_order_of_all_floats():
   x = np.float32(
     [-np.inf, -3e38, -2, -1e-40, -0.0, 0.0, 1e-45, 1.5, 3e38, np.inf, np.nan]
   )
-  keys = np.asarray(selection.ordered_bits(x))
+  keys = np.asarray(ordering.ordered_bits(x))
   assert (np.diff(keys.astype(np.int64)) > 0).all()
-  np.testing.assert_array_equal(selection.value_of(keys), x)
-  magnitudes = selection.magnitude_keys(x)
-  np.testing.assert_array_equal(selection.magnitude_of(magnitudes), np.abs(x))
+  np.testing.assert_array_equal(ordering.value_of(keys), x)
+  magnitudes = ordering.magnitude_keys(x)
+  np.testing.assert_array_equal(ordering.magnitude_of(magnitudes), np.abs(x))
 
 
 @pytest.mark.parametrize("low", [0, 1 << 31, 0xFFFFFF00])
@@ -86,6 +87,7 @@ def test_every_word_of_32_bits_is_found(low):
   keys = (low + rng.integers(0, 256, 64)).astype(np.uint32)
   keys[:2] = 0, 0xFFFFFFFF
   leaf = pj.patches.placement.leaf_of(keys)
+  settings = {"bits": 32, "early": False}
 
   @jax.jit
   def find(keys, k):
@@ -94,17 +96,15 @@ def test_every_word_of_32_bits_is_found(low):
       lambda state: selection.narrow(
         selection.count_at_least(keys, leaf, (state,))[0], state
       ),
-      jax.tree.map(jnp.asarray, selection.search(k, (32,), early=False)),
+      jax.tree.map(jnp.asarray, selection.search(k, [keys.shape], **settings)),
     )
 
   ordered = np.sort(keys)[::-1]
   for k in (1, 2, 33, 63, 64):
     state = find(keys, limbs(k))
     assert int(selection.cut_key(state)) == ordered[k - 1]
-    same = selection.settled(limbs(k), ordered[k - 1])
-    for one in (state, same):
-      kept = selection.keep_keys(keys, leaf, one)
-      assert (np.asarray(kept) == (keys >= ordered[k - 1])).all()
+    kept = selection.keep_keys(keys, leaf, state)
+    assert (np.asarray(kept) == (keys >= ordered[k - 1])).all()
 
 
 def test_counts_beyond_32_bits():
@@ -114,15 +114,17 @@ def test_counts_beyond_32_bits():
   leaf = pj.patches.placement.leaf_of(x)
   k = 300 * many
   narrow = jax.jit(selection.narrow)
-  state = selection.search(limbs(k), (31,), early=False)
-  for _ in range(12):
-    counts = np.asarray(selection.count_keys(x, leaf, state), np.int64)
-    total = ((counts[0] << LIMB) + counts[1]) * many
+  keys = ordering.magnitude_keys(x)
+  state = selection.search(limbs(k), [(1000, many)], early=False)
+  assert float(state.over) == 700 * many
+  for _ in range(24):
+    (counts,) = np.asarray(selection.count_at_least(keys, leaf, (state,)))
+    total = ((counts[0].astype(np.int64) << LIMB) + counts[1]) * many
     assert total.max() < 1 << 42
     # Summed over leaves and shards, limbs are not carried.
     state = narrow(np.stack([limbs(int(n)) for n in total], 1), state)
   assert bool(state.done)
-  found = selection.magnitude_of(selection.cut_key(state))
+  found = ordering.magnitude_of(selection.cut_key(state))
   assert float(found) == np.sort(np.abs(x))[::-1][299]
 
 
@@ -143,5 +145,5 @@ def test_steps_tell_their_keys():
   assert TRIM.keys and TRIM.ranks and TRIM.exact and TRIM.key_bits == 31
   options = dict(pj.trim(density=0.5).stages[0][1])
   (key,) = TRIM.keys(None, (jnp.float32([-2.0, 1.0]),), {}, **options)
-  assert selection.magnitude_of(key).tolist() == [2.0, 1.0]
+  assert ordering.magnitude_of(key).tolist() == [2.0, 1.0]
   assert not TRIM.exact(**options)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.patches import Step, Transform, register_step
+from patchjax.patches import Step, Transform, register_step, transform
 from patchjax.trees.errors import NonFiniteError, StructureError
 from tests.merging.models import floats, models, put, same_bits
 
@@ -49,12 +49,10 @@ TOWARD = register_step(
     "test_toward",
     _toward,
     start=_start,
-    reduce=_distance,
-    finish=_finish,
+    counts=transform.one_count(_distance, _finish, once=True),
     reducing=True,
     space=lambda: "params",
     needs_base=True,
-    once=True,
   )
 )
 

@@ -7,7 +7,7 @@ import pytest
 
 import patchjax as pj
 from patchjax.merging import ranking, ranks
-from patchjax.patches import counting, placement, selection
+from patchjax.patches import counting, ordering, placement
 from patchjax.trees.errors import SelectionError
 from tests.merging import battery
 from tests.merging.models import same_bits
@@ -213,7 +213,7 @@ def test_rows_on_devices_are_handed_round_not_copied(mesh_explicit):
 
   @jax.jit
   def ranked(x):
-    keys = selection.magnitude_keys(x)
+    keys = ordering.magnitude_keys(x)
     return ranking.row_ranks(keys, placement.leaf_of(x))
 
   on_mesh = jax.device_put(x, sharding)
@@ -232,7 +232,7 @@ def test_ranks_by_numpy_are_those_of_xla(shape):
   odd = many * np.float32(10) ** rng.integers(-30, 30, shape).astype(np.float32)
   odd[0, 0] = np.inf
   for x in (many, some, odd, np.zeros_like(many)):
-    keys = selection.magnitude_keys(jnp.asarray(x))
+    keys = ordering.magnitude_keys(jnp.asarray(x))
     order = np.argsort(keys, axis=1, kind="stable")
     wanted = np.argsort(order, axis=1, kind="stable")
     np.testing.assert_array_equal(ranking.host_ranks(keys), wanted)

@@ -9,12 +9,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from patchjax.patches import counting, placement, selection, shares
+from patchjax.patches import (
+  counting,
+  ordering,
+  placement,
+  selection,
+  shares,
+  top_k,
+)
 from patchjax.trees.errors import DtypeError, SelectionError
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
-kth = jax.jit(selection.kth_magnitude)
-mask_exact = jax.jit(selection.top_k_mask)
+kth = jax.jit(top_k.kth_magnitude)
+mask_exact = jax.jit(top_k.top_k_mask)
 
 
 def words(x):
@@ -76,17 +83,17 @@ def test_sharded(mesh, spec, request):
 
 def test_masks_over_leaves_break_ties_by_name_then_index():
   leaves = {"b": np.ones((2, 2), np.float32), "a": np.float32([1, 2, 0])}
-  masks = selection.top_k_masks(leaves, 4)
+  masks = top_k.top_k_masks(leaves, 4)
   assert masks["a"].tolist() == [True, True, False]
   assert masks["b"].tolist() == [[True, True], [False, False]]
   with pytest.raises(SelectionError, match="8 of 7"):
-    selection.top_k_masks(leaves, 8)
+    top_k.top_k_masks(leaves, 8)
 
 
 def test_vmap_over_k():
   x = np.random.default_rng(2).standard_normal(50).astype(np.float32)
   ks = np.stack([counting.limbs(k) for k in (1, 10, 50)])
-  found = jax.jit(jax.vmap(lambda k: selection.kth_magnitude(x, k)))(ks)
+  found = jax.jit(jax.vmap(lambda k: top_k.kth_magnitude(x, k)))(ks)
   assert found.tolist() == np.sort(np.abs(x))[[-1, -10, -50]].tolist()
 
 
@@ -103,7 +110,7 @@ def test_rows_of_large_leaves_order_ties(monkeypatch):
   # The same code, with a small limit in the place of 2**31.
   x = np.ones((4, 5), np.float32)
   monkeypatch.setattr(placement, "ROW_LIMIT", 8)
-  mask = selection.top_k_mask(x, 7)
+  mask = top_k.top_k_mask(x, 7)
   assert np.asarray(mask).ravel().nonzero()[0].tolist() == list(range(7))
 
 
@@ -152,6 +159,6 @@ def test_bad_requests():
     with pytest.raises(SelectionError, match=r"in \(0, 1\]"):
       shares.entries_of(density, 10)
   with pytest.raises(DtypeError, match="float32"):
-    selection.magnitude_bits(jnp.zeros(3, jnp.int32))
+    ordering.magnitude_bits(jnp.zeros(3, jnp.int32))
   with pytest.raises(SelectionError, match="cannot count"):
     shares.entries_of(jnp.float32(0.5), 1 << 43)

@@ -42,7 +42,10 @@ def unit(leaf, deltas, base, state, norms):
 
 UNIT = register_step(
   Step(
-    "test_unit", unit, start=norm_start, reduce=norm_reduce, finish=norm_finish
+    "test_unit",
+    unit,
+    start=norm_start,
+    counts=transform.one_count(norm_reduce, norm_finish),
   )
 )
 
@@ -146,7 +149,7 @@ def test_chain_is_flat_and_checks():
   with pytest.raises(ValueError, match="at least one"):
     pj.chain()
   with pytest.raises(ValueError, match="go together"):
-    Step("half", halved, reduce=norm_reduce)
+    Step("half", halved, counts=transform.one_count(norm_reduce, norm_finish))
 
 
 def test_names_of_steps_are_not_taken_over():

@@ -305,8 +305,7 @@ _MEANS = transform.register_step(
     name="mean_magnitudes",
     update=_means,
     start=_means_start,
-    reduce=_means_reduce,
-    finish=_means_finish,
+    counts=transform.one_count(_means_reduce, _means_finish),
     scope=lambda: "leaf",
   )
 )

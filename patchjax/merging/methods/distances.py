@@ -48,12 +48,10 @@ def combination(name: str, coefficients: Callable[..., Array]) -> Any:
       name=name,
       update=update,
       start=_start,
-      reduce=_reduce,
-      finish=_finish,
+      counts=transform.one_count(_reduce, _finish, once=True),
       reducing=True,
       scope=lambda *, scope="tree", **_: scope,
       space=lambda **_: "either",
-      once=True,
     )
   )
 

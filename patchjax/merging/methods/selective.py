@@ -8,7 +8,6 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from patchjax.merging import ranks
 from patchjax.merging.energies import weigh_by_energy
 from patchjax.merging.importance import keep_important
 from patchjax.merging.methods import options
@@ -220,7 +219,7 @@ def _ramplus_reduce(leaf, deltas, state, carry, *, scope):
 
 def _ramplus_finish(total, carry, *, scope):
   del carry, scope
-  shared, own = jnp.split(ranks.number(total), 2)
+  shared, own = jnp.split(counting.number_of(total), 2)
   # Nothing of its own: as large as can be, if it has anything.
   return shared / jnp.maximum(own, jnp.float32(1e-12)), jnp.asarray(True)
 
@@ -237,8 +236,7 @@ _RAMPLUS = transform.register_step(
     name="ramplus",
     update=_ramplus,
     start=_ramplus_start,
-    reduce=_ramplus_reduce,
-    finish=_ramplus_finish,
+    counts=transform.one_count(_ramplus_reduce, _ramplus_finish),
     reducing=True,
     scope=lambda *, scope: scope,
   )

@@ -9,7 +9,7 @@ model twelve times.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ def cut(
   plan: leafwise.Plan,
   index: int,
   items: Callable[[], Any],
-  start: Sequence[selection.Search],
+  start: selection.Search,
   passes: Callable[[Any], Any],
 ) -> Any:
   """Returns the finished searches of a stage, for `engine.count`.
@@ -51,21 +51,23 @@ def cut(
     start: the searches at their beginning.
     passes: goes on by counting, where ties are to be broken.
   """
-  ranks = [(int(s.k[0]) << LIMB) + int(s.k[1]) for s in start]
-  upper = np.zeros((len(start), _BUCKETS), np.int64)
+  searches = list(start)
+  count = len(searches)
+  ranks = [(int(s.k[0]) << LIMB) + int(s.k[1]) for s in searches]
+  upper = np.zeros((count, _BUCKETS), np.int64)
   for item in items():
-    for j, halves in _halves(plan, index, len(start), item, None):
+    for j, halves in _halves(plan, index, count, item, None):
       upper[j] += _histogram(halves, every=True)
   # How many keys are in or above each bucket.
   above = np.cumsum(upper[:, ::-1], axis=1)[:, ::-1]
   buckets = [_last(row, k) for row, k in zip(above, ranks, strict=True)]
-  lower = np.zeros((len(start), _BUCKETS), np.int64)
+  lower = np.zeros((count, _BUCKETS), np.int64)
   wanted = np.array(buckets, np.uint32)
   for item in items():
-    for j, halves in _halves(plan, index, len(start), item, wanted):
+    for j, halves in _halves(plan, index, count, item, wanted):
       lower[j] += _histogram(halves, every=False)
   found = []
-  for j, (search, k) in enumerate(zip(start, ranks, strict=True)):
+  for j, (search, k) in enumerate(zip(searches, ranks, strict=True)):
     bucket = buckets[j]
     # The last key of the bucket was taken for one of no bucket.
     lower[j, -1] += upper[j, bucket] - lower[j].sum()
@@ -73,9 +75,10 @@ def cut(
     inside = higher + np.cumsum(lower[j, ::-1])[::-1]
     low = _last(inside, k)
     key = min((bucket << 16) + low, (1 << search.widths[0]) - 1)
-    found.append(selection.resumed(search, key, int(inside[low])))
-  carry = tuple(found)
-  return carry if all(bool(s.done) for s in carry) else passes(carry)
+    after = int(inside[low + 1]) if low + 1 < _BUCKETS else int(higher)
+    found.append(selection.resumed(search, key, int(inside[low]), after))
+  carry = selection.stacked(found)
+  return carry if carry.done.all() else passes(carry)
 
 
 def _last(counts: np.ndarray, k: int) -> int:
