@@ -45,8 +45,7 @@ def _size(shapes):
 
 def _score_keys(leaf, deltas, state, *, scope):
   del leaf, state, scope
-  keys = map(ordering.magnitude_keys, deltas)
-  return tuple(key for key in keys for _ in range(2))
+  return tuple(map(ordering.magnitude_keys, deltas))
 
 
 def _score_ranks(state, shapes, k, *, scope):
@@ -87,15 +86,14 @@ _SCORE = transform.register_step(
     name="score_competition",
     update=_score,
     scope=lambda *, scope: scope,
-    **cuts(_score_keys, _score_ranks, bits=31),
+    **cuts(_score_keys, _score_ranks, each=2, bits=31),
   )
 )
 
 
 def _weigh_keys(leaf, deltas, state, *, scope):
   del leaf, state, scope
-  scores = map(ordering.ordered_bits, deltas[: len(deltas) // 2])
-  return tuple(key for key in scores for _ in range(2))
+  return tuple(map(ordering.ordered_bits, deltas[: len(deltas) // 2]))
 
 
 def _weigh_ranks(state, shapes, k, *, scope):
@@ -133,6 +131,6 @@ _WEIGH = transform.register_step(
     update=_weigh,
     reducing=True,
     scope=lambda *, scope: scope,
-    **cuts(_weigh_keys, _weigh_ranks),
+    **cuts(_weigh_keys, _weigh_ranks, each=2, keep=True),
   )
 )

@@ -92,7 +92,7 @@ _DIVERGENCE = transform.register_step(
 def _keys(leaf, deltas, state):
   del leaf, state
   # A divergence may be rounded to just below zero: signed keys.
-  return (ordering.ordered_bits(deltas[1]),) * 3
+  return (ordering.ordered_bits(deltas[1]),)
 
 
 def _ranks(state, shapes, k):
@@ -119,6 +119,6 @@ _OUTLIERS = transform.register_step(
     update=_outliers,
     reducing=True,
     scope=lambda: "leaf",
-    **cuts(_keys, _ranks),
+    **cuts(_keys, _ranks, each=3, keep=True),
   )
 )

@@ -86,7 +86,7 @@ def _keys(deltas, fill):
 
 def _between_keys(leaf, deltas, state, *, fill, scope):
   del leaf, state, scope
-  return tuple(key for key in _keys(deltas, fill) for _ in range(2))
+  return _keys(deltas, fill)
 
 
 def _between_ranks(state, shapes, k, *, fill, scope):
@@ -117,6 +117,7 @@ _BETWEEN = transform.register_step(
     **cuts(
       _between_keys,
       _between_ranks,
+      each=2,
       bits=31,
       exact=lambda **_: True,
       early=True,

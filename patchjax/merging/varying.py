@@ -67,16 +67,21 @@ def _keys(deltas):
 def _start(state, shapes, k, *, beside):
   del k, beside
   (shape,) = shapes
-  share = jnp.asarray(state["density"]).astype(jnp.float32)
+  share = shares.selecting(jnp.asarray(state["density"]).astype(jnp.float32))
   # The rank of all entries, until it is known how many of them vary.
   size = counting.limbs(math.prod(shape))
   search = selection.search(size, shapes, exact=True)
   return share, selection.stacked([search])
 
 
-def _vary(leaf, deltas, state, carry, *, beside):
+def _kept(leaf, deltas, state, *, beside):
+  del leaf, state, beside
+  return (_keys(deltas),)
+
+
+def _vary(leaf, kept, state, carry, *, beside):
   del state, carry, beside
-  keys = _keys(deltas)
+  (keys,) = kept
   counts = counting.count_true((keys > jnp.uint32(0),), local=leaf.local)
   return counts[:, 0]
 
@@ -98,9 +103,9 @@ def _counts(*, beside):
 
 
 def _counted(kind: selection.Round) -> transform.Count:
-  def reduce(leaf, deltas, state, carry, *, beside):
+  def reduce(leaf, kept, state, carry, *, beside):
     del state, beside
-    return kind.count(_keys(deltas), leaf, list(carry[1]))
+    return kind.count(*kept, leaf, list(carry[1]))
 
   def finish(total, carry, *, beside):
     del beside
@@ -129,6 +134,7 @@ _VARIED = transform.register_step(
     update=_update,
     start=_start,
     counts=_counts,
+    kept=_kept,
     scope=lambda **_: "leaf",
   )
 )

@@ -180,18 +180,35 @@ def count(
     state: of each stage, resolved for the leaf.
     shared: carry of each stage: final before `index`, current at it.
   """
+  if not plan.counts(index)[number].once:
+    base, sources, state = lax.stop_gradient((base, sources, state))
+  seen = _counted(plan, index, leaf, base, sources, state, shared)
+  return _count(plan, index, number, leaf, seen, state[index], shared[index])
+
+
+def _count(plan: Plan, index: int, number: int, leaf, seen, state, carry):
+  """Returns one pass over what a stage counts in, summed over shards."""
   _, options = plan.stages[index]
   counted = plan.counts(index)[number]
-  if not counted.once:
-    base, sources, state = lax.stop_gradient((base, sources, state))
-  seen = _seen(plan, index, leaf, base, sources, state, shared)
 
   def reduce(seen, leaf, state, carry):
     return counted.reduce(leaf, *seen, state, carry, **dict(options))
 
-  return placement.sum_over_shards(
-    reduce, seen, leaf, state[index], shared[index]
-  )
+  return placement.sum_over_shards(reduce, seen, leaf, state, carry)
+
+
+def _counted(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
+  """Returns the arrays that a stage counts in."""
+  step, options = plan.stages[index]
+  seen = _seen(plan, index, leaf, base, sources, state, shared)
+  if (made := step.kept) is None:
+    return seen
+
+  def kept(seen, leaf, state):
+    return made(leaf, *seen, state, **dict(options))
+
+  seen = lax.stop_gradient(seen)
+  return (placement.on_shards(kept, seen, leaf, state[index]),)
 
 
 def _seen(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
@@ -212,7 +229,7 @@ def _seen(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
 
 
 def keys(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
-  """Returns the keys of a leaf that stage `index` cuts by rank.
+  """Returns the keys of a leaf for each of the cuts by rank of a stage.
 
   Args:
     plan: what is computed.
@@ -227,7 +244,8 @@ def keys(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
   seen = _seen(plan, index, leaf, base, sources, state, shared)
   step, options = plan.stages[index]
   assert step.keys is not None
-  return step.keys(leaf, *seen, state[index], **dict(options))
+  found = step.keys(leaf, *seen, state[index], **dict(options))
+  return tuple(key for key in found for _ in range(step.each))
 
 
 def count_whole(
@@ -262,33 +280,40 @@ def _leaf_passes(
   for index, (step, options) in enumerate(plan.stages[:stop]):
     if transform.scope_of(step, options) != "leaf":
       continue
+    held = base, sources, state, tuple(shared)
+    if step.kept is not None:
+      held = _counted(plan, index, leaf, *lax.optimization_barrier(held))
     for number in range(len(plan.counts(index))):
       shared[index] = _passes(
-        plan, index, number, leaf, base, sources, state, tuple(shared)
+        plan, index, number, leaf, held, state, tuple(shared)
       )
   return tuple(shared)
 
 
 def _passes(
-  plan: Plan, index: int, number: int, leaf, base, sources, state, shared
+  plan: Plan, index: int, number: int, leaf, held, state, shared
 ) -> Any:
   """Returns the carry of a stage after all passes over one leaf."""
-  if plan.counts(index)[number].once:
-    # Behind a barrier, as in `repeated`: what the update computes too would
-    # be kept in between.
-    held = lax.optimization_barrier((base, sources, state, shared))
-    total = count(plan, index, number, leaf, *held)
-    return finish(plan, index, number, total, shared[index])[0]
+  counted, kept = plan.counts(index)[number], plan.stages[index][0].kept
 
   def one_pass(held, carry):
-    base, sources, state, shared = held
+    held, state, shared = held
     now = (*shared[:index], carry, *shared[index + 1 :])
-    total = count(plan, index, number, leaf, base, sources, state, now)
+    if kept is not None:
+      total = _count(plan, index, number, leaf, held, state[index], carry)
+    else:
+      base, sources, _, _ = held
+      total = count(plan, index, number, leaf, base, sources, state, now)
     return finish(plan, index, number, total, carry)
 
-  held = lax.stop_gradient((base, sources, state, shared))
-  first = needed(plan, index, number, held[3][index])
-  return repeated(one_pass, held, held[3][index], first)
+  held = held, state, shared
+  if counted.once:
+    # Behind a barrier, as in `repeated`: what the update computes too would
+    # be kept in between.
+    return one_pass(lax.optimization_barrier(held), shared[index])[0]
+  held = lax.stop_gradient(held)
+  first = needed(plan, index, number, held[2][index])
+  return repeated(one_pass, held, held[2][index], first)
 
 
 def repeated(one_pass: Any, held: Any, carry: Any, needed: Any) -> Any:

@@ -67,21 +67,29 @@ class Leaf:
     """Number of entries."""
     return math.prod(self.shape)
 
-  def index(self) -> tuple[Array, Array]:
+  def index(self, within: Any = ()) -> tuple[Array, Array]:
     """Returns each entry's (row, index in the row), `uint32` of the shape.
 
     All of a leaf of fewer than `2**31` entries is one row; a larger one has
     as many rows as its first axis is long. Indices are global on every mesh.
+
+    Args:
+      within: what changes in the loop that this is called in. Otherwise the
+        compiler takes indices for a constant of the loop, which it computes
+        before, and keeps, whether the loop is entered or not.
     """
     if self.mesh is not None and not self.manual:
       manual = dataclasses.replace(self, manual=True)
-      return _shard_map(manual.index, self, (), (_spec(self), _spec(self)))()
+      specs = (_spec(self), _spec(self))
+      none = jax.sharding.PartitionSpec()
+      return _shard_map(manual.index, self, none, specs)(within)
     first = 0 if self.size < ROW_LIMIT else 1
     shape = list(self.shape)
     if self.manual:
       for d, names in enumerate(self.axes):
         shape[d] //= math.prod(lax.axis_size(name) for name in names)
     row = column = jnp.zeros(tuple(shape), jnp.uint32)
+    one, _ = lax.optimization_barrier((jnp.uint32(1), within))
     stride = 1
     for d in range(len(shape) - 1, -1, -1):
       along = lax.broadcasted_iota(jnp.uint32, tuple(shape), d)
@@ -89,7 +97,7 @@ class Leaf:
         start = lax.axis_index(self.axes[d]).astype(jnp.uint32)
         along = along + start * jnp.uint32(shape[d])
       if d >= first:
-        column = column + along * jnp.uint32(stride)
+        column = column + along * (one * jnp.uint32(stride))
         stride *= self.shape[d]
       else:
         row = along

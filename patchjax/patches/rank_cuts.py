@@ -20,6 +20,8 @@ def cuts(
   keys: Callable[..., Any],
   ranks: Callable[..., Any],
   *,
+  each: int = 1,
+  keep: bool = False,
   bits: int = 32,
   exact: Callable[..., bool] | None = None,
   early: bool = False,
@@ -27,18 +29,20 @@ def cuts(
   """Returns the counting functions of a step that cuts keys by rank.
 
   The step's `update` gets, as `shared`, the finished searches, one for each
-  array of keys in their order: for `keep_keys`, and `cut_key` with `value_of`
+  rank in their order: for `keep_keys`, and `cut_key` with `value_of`
   or `magnitude_of`. Nothing is sorted or gathered, and the bits of the answer
   do not depend on how arrays are cut over devices.
 
   Args:
     keys: `(leaf, deltas, state, **options)`, a tuple of arrays of unsigned
-      integers, of the leaf's shape (`magnitude_keys`, `ordered_bits`). The
-      same array may stand there several times, for several ranks: it is read
-      once. For a step that needs the base, `(leaf, deltas, base, state,
-      **options)`.
+      integers, of the leaf's shape (`magnitude_keys`, `ordered_bits`). For a
+      step that needs the base, `(leaf, deltas, base, state, **options)`.
     ranks: `(state, shapes, k, **options)`, the limbs of the rank for each of
       them, counted from 1 at the largest key (`shares.entries_of`).
+    each: how many cuts are made of each array; as many ranks stand beside
+      each other, and share one read.
+    keep: whether the keys are kept between passes, where these are over one
+      leaf: for keys that take more to compute than to read.
     bits: of the keys.
     exact: `(**options) -> bool`, whether ties at a cut are broken, by the
       order of names, then by index, so that exactly that many are kept.
@@ -75,12 +79,14 @@ def cuts(
 
   def counts(**options):
     found = selection.rounds(exact=_is(exact, options))
-    return tuple(_counted(keys, kind) for kind in found)
+    return tuple(_counted(None if keep else keys, kind, each) for kind in found)
 
   return {
     "start": start,
     "counts": counts,
+    "kept": keys if keep else None,
     "keys": keys,
+    "each": each,
     "ranks": ranks,
     "key_bits": bits,
     "exact": exact,
@@ -92,22 +98,19 @@ def _is(exact: Callable[..., bool] | None, options: dict[str, Any]) -> bool:
 
 
 def _counted(
-  keys: Callable[..., Any], kind: selection.Round
+  keys: Callable[..., Any] | None, kind: selection.Round, each: int
 ) -> transform.Count:
   """Returns the passes of one kind over the keys of a leaf."""
 
-  def reduce(leaf, deltas, *rest, **options):
+  def reduce(leaf, found, *rest, **options):
     *seen, searches = rest
-    found = keys(leaf, deltas, *seen, **options)
-    parts: list[Array] = [None] * len(found)
-    for i, key in enumerate(found):
-      if parts[i] is not None:
-        continue
-      alike = [j for j in range(i, len(found)) if found[j] is key]
-      states = [searches[j] for j in alike]
-      for j, part in zip(alike, kind.count(key, leaf, states)):
-        parts[j] = part
-    return jnp.stack(parts)
+    if keys is not None:
+      found = keys(leaf, found, *seen, **options)
+    parts = [
+      kind.count(key, leaf, [searches[i * each + j] for j in range(each)])
+      for i, key in enumerate(found)
+    ]
+    return jnp.concatenate(parts)
 
   def finish(total, searches, **options):
     del options

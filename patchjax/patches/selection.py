@@ -285,7 +285,7 @@ def count_at_least(
     limbs `int32[len(states), 2, 5]`.
   """
   masks = []
-  index = leaf.index() if ties else None
+  index = leaf.index([state.found for state in states]) if ties else None
   for state in states:
     words = [state.words[i] for i in range(_WORDS)]
     if index is None:

@@ -93,8 +93,13 @@ class Step:
     carries_nonfinite: whether NaN or Inf in an entry of any of the arrays is
       always seen in that entry of the result, so that a check of the result
       is enough: sums do, selections do not.
-    keys: of a step that searches for cuts (`selection.cuts`): the integer
+    kept: `(leaf, deltas, state, **options)`, a tuple of integer arrays of the
+      leaf's shape that `Count.reduce` is given in the place of the deltas;
+      they are computed once and kept, where passes are over the leaf alone.
+      With `needs_base` it is `(leaf, deltas, base, state, **options)`.
+    keys: of a step that searches for cuts (`rank_cuts.cuts`): the integer
       keys of a leaf.
+    each: and how many cuts are made of each of them.
     ranks: and the ranks of the cuts.
     key_bits: and how many bits the keys have.
     exact: and, `(**options) -> bool`, whether ties are broken by position.
@@ -110,7 +115,9 @@ class Step:
   space: Callable[..., str] | None = None
   needs_base: bool = False
   carries_nonfinite: bool = False
-  keys: Callable[..., Any] | None = None
+  kept: Callable[..., tuple[Array, ...]] | None = None
+  keys: Callable[..., tuple[Array, ...]] | None = None
+  each: int = 1
   ranks: Callable[..., Any] | None = None
   key_bits: int = 32
   exact: Callable[..., bool] | None = None

@@ -15,8 +15,7 @@ from tests.merging.models import floats, models, put, same_bits
 def _keys(leaf, deltas, state, *, scope):
   del leaf, state, scope
   (delta,) = deltas
-  key = ordering.ordered_bits(delta)
-  return key, key
+  return (ordering.ordered_bits(delta),)
 
 
 def _ranks(state, shapes, k, *, scope):
@@ -38,7 +37,7 @@ CLIP = register_step(
     "test_clip",
     _between,
     scope=lambda *, scope: scope,
-    **cuts(_keys, _ranks),
+    **cuts(_keys, _ranks, each=2),
   )
 )
 
