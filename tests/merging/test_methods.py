@@ -1,170 +1,90 @@
 """Every merge method, by the table in `battery.py`.
 
-A compilation is what a test costs, so not everything is run everywhere, but
-every method in every way and at every place, and in every dtype:
+A compilation is what a test costs, so not everything is run everywhere. In
+float32, on one device, eagerly, each row is held to its reference and to the
+rest of what it says; all that shares one program, and so do files. Then each
+method is run in three more ways, see `runs_of`: in every dtype, on one device
+and on both kinds of meshes, eagerly and under jit with `eval_shape`. What is
+combined with what goes round among the methods; no two stay apart.
 
-  float32, one device, eagerly and from files; `eval_shape`: every row;
-  float32, Explicit mesh: every method; rows take turns, eagerly or under jit;
-  bfloat16, Auto mesh: every method, in turn under jit or eagerly;
-  float16, one device, eagerly: every method that is not heavy.
-
-Heavy methods are run eagerly only; under jit is what `test_battery.py` does
-with the steps that they share. Rows that are variants of a method leave out
-what is said of every method.
+Rows that are variants of a method leave out the three ways. Under jit there is
+one leaf only, unless leaves depend on each other: a jit shares nothing between
+them, and `test_battery.py` has some with several.
 """
 
 import collections
+import dataclasses
 import functools
-import importlib
 import inspect
-import pathlib
+import itertools
 
 import jax
 import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.interop.files import read, write
 from patchjax.merging import methods
-from tests.golden import recorded
-from tests.merging.battery import CASES, DTYPES, method_of, models, named, put
+from tests.merging.battery import CASES, method_of, named
+from tests.merging.calls import (
+  NAMES,
+  ROWS,
+  assert_close,
+  assert_fits,
+  assert_rounded,
+  assert_same,
+  each,
+  eagerly,
+  from_files,
+  given,
+  merge_jit,
+  method,
+  on_mesh,
+  part,
+  reference,
+  references,
+)
 from tests.merging.models import same_bits
 
-ROWS = sorted(CASES)
-NAMES = [name for name in ROWS if name == method_of(name)]
-merge_jit = jax.jit(pj.merge)
-
-
-def in_turn(name, *, second=False):
-  """Half of the rows are run under jit, the other half eagerly."""
-  if CASES[name].heavy:
-    return pj.merge
-  return (pj.merge, merge_jit)[(ROWS.index(name) + second) % 2]
-
-
-@functools.cache
-def references():
-  """Every function of `tests/reference/merging_*.py` by name."""
-  here = pathlib.Path(__file__).parents[1] / "reference"
-  found = {}
-  for path in sorted(here.glob("merging_*.py")):
-    module = importlib.import_module(f"tests.reference.{path.stem}")
-    for name, function in inspect.getmembers(module, inspect.isfunction):
-      if function.__module__ == module.__name__:
-        found[name] = function
-  return found
-
-
-def method(name, **others):
-  case = CASES[name]
-  make = getattr(pj.merging, method_of(name))
-  return make(**{**case.options, **case.only_method, **others})
-
-
-def masks(name, base, others, options):
-  make = CASES[name].masks
-  return {} if make is None else {"masks": make(base, others, options)}
-
-
-def reference(name, base, others):
-  """What the method should give, in float64."""
-  case = CASES[name]
-  base, others = named(base), list(map(named, others))
-  function = references()[method_of(name)]
-  given = masks(name, base, others, case.options)
-  return function(base if case.base else None, others, **case.options, **given)
-
-
-def given(name, dtype="float32"):
-  """Base (or None), contributors."""
-  base, others = models(CASES[name].contributors, dtype)
-  return (base if CASES[name].base else None), others
-
-
-def assert_close(found, expected, bound=1e-6, what=""):
-  """To a share of each leaf's largest number."""
-  found = named(found)
-  for leaf, wanted in expected.items():
-    np.testing.assert_allclose(
-      found[leaf],
-      wanted,
-      rtol=0,
-      atol=bound * np.max(np.abs(wanted)),
-      err_msg=f"{what} {leaf}",
-    )
-
-
-def assert_same(name, found, wanted, what):
-  """The same bits, or of methods that sum floats nearly the same."""
-  assert jax.tree.structure(found) == jax.tree.structure(wanted)
-  if CASES[name].exact:
-    assert same_bits(found, wanted), what
-  else:
-    assert_close(found, named(wanted), CASES[name].close, what)
-
-
-def assert_fits(found, like):
-  """Structure, shapes, dtypes, and places if there are any."""
-  assert jax.tree.structure(found) == jax.tree.structure(like)
-  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(like)):
-    assert x.shape == y.shape and x.dtype == y.dtype
-    if isinstance(y, jax.Array):
-      assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
-
-
 # ---------------------------------------------------------------------------
-# float32.
+# One device, float32.
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_float32(name, tmp_path, mesh_explicit):
-  case = CASES[name]
+def check_reference(name, request):
+  del request
   base, others = given(name)
-  like = others[0] if base is None else base
-  wanted = pj.merge(base, others, method(name))
-  assert_fits(wanted, like)
-  assert_close(
-    wanted, reference(name, like, others), case.close, "the reference"
-  )
-  shapes = jax.eval_shape(pj.merge, base, others, method(name))
-  assert_fits(shapes, like)
-  if base is not None:
-    found = from_files(tmp_path, base, others, method(name))
-    assert same_bits(found, wanted), "from files"
-  new = dict(case.swept)
-  for key, value in new.items():
-    if isinstance(case.options.get(key), list) and not isinstance(value, list):
-      new[key] = [value] * case.contributors
-  changed = method(name, **new)
+  assert_fits(eagerly(name), others[0])
+  expected = reference(name, base, others)
+  assert_close(eagerly(name), expected, CASES[name].close)
+
+
+def check_shapes(name, request):
+  del request
+  base, others = given(name)
+  assert_fits(jax.eval_shape(pj.merge, base, others, method(name)), others[0])
+
+
+def check_files(name, request):
+  folder = request.getfixturevalue("tmp_path")
+  found = from_files(folder, *given(name), method(name))
+  assert same_bits(found, eagerly(name))
+
+
+def check_numbers(name, request):
+  """Other numbers compile nothing."""
+  del request
+  new = broadcast(name, CASES[name].swept, CASES[name].contributors)
+  base, others = given(name)
+  eagerly(name)
   with jax.no_tracing():
-    swept = pj.merge(base, others, changed)
-  if new:
-    assert not same_bits(swept, wanted)
-  check_order_of_leaves(name, base, others, wanted)
-  check_order_of_contributors(name, base, others, wanted)
-  check_identities(name, base, others)
-  if name in NAMES:
-    base, others = on_mesh(base, others, mesh_explicit)
-    found = in_turn(name)(base, others, method(name))
-    assert_fits(found, others[0])
-    assert_same(name, found, wanted, "Explicit mesh")
+    found = pj.merge(base, others, method(name, **new))
+  assert not same_bits(found, eagerly(name))
 
 
-def on_mesh(base, others, mesh):
-  base = base if base is None else put(base, mesh)
-  return base, [put(x, mesh) for x in others]
-
-
-def from_files(folder, base, others, how):
-  paths = [folder / f"{i}.safetensors" for i in range(len(others) + 2)]
-  for path, tree in zip(paths, [base, *others]):
-    write(path, tree)
-  pj.merging.merge_files(paths[0], paths[1:-1], how, paths[-1])
-  return read(paths[-1])
-
-
-def check_order_of_leaves(name, base, others, wanted):
-  """Nor does it matter, of local methods, which other leaves there are."""
+def check_leaves(name, request):
+  """Nor does their order matter, nor to local methods what others there are."""
+  del request
+  case = CASES[name]
+  wanted = eagerly(name)
 
   def turned(tree):
     if not isinstance(tree, dict):
@@ -172,161 +92,185 @@ def check_order_of_leaves(name, base, others, wanted):
     pairs = [(key, turned(x)) for key, x in tree.items()]
     return collections.OrderedDict(reversed(pairs))
 
-  found = pj.merge(
-    base if base is None else turned(base),
-    list(map(turned, others)),
-    method(name),
-  )
-  for leaf, x in named(found).items():
-    if CASES[name].exact:
-      assert same_bits(x, named(wanted)[leaf]), f"order of leaves: {leaf}"
-  assert_close(found, named(wanted), CASES[name].close, "order of leaves")
-  if CASES[name].local:
-
-    def part(tree):
-      return {"layers": {"1": tree["layers"]["1"]}}
-
-    found = pj.merge(
-      base if base is None else part(base),
-      list(map(part, others)),
-      method(name),
+  found = named(pj.merge(*each(turned, *given(name)), method(name)))
+  for leaf, x in named(wanted).items():
+    if case.exact:
+      assert same_bits(found[leaf], x), f"order of leaves: {leaf}"
+    np.testing.assert_allclose(
+      found[leaf], x, rtol=0, atol=case.close * np.max(np.abs(x))
     )
+  if case.local:
+    found = pj.merge(*each(part, *given(name)), method(name))
     assert same_bits(found, part(wanted)), "a leaf alone"
 
 
-def check_order_of_contributors(name, base, others, wanted):
+def check_contributors(name, request):
+  """Their order does not matter."""
+  del request
   case = CASES[name]
-  k = case.contributors
-  if not case.symmetric or case.masks is not None or k == 1:
-    return
   turned = {
     key: value[::-1]
     for key, value in case.options.items()
-    if isinstance(value, list) and len(value) == k
+    if isinstance(value, list) and len(value) == case.contributors
   }
+  base, others = given(name)
   found = pj.merge(base, others[::-1], method(name, **turned))
-  assert_close(found, named(wanted), case.close, "contributors in reverse")
+  assert_close(found, named(eagerly(name)), case.close)
 
 
-def check_identities(name, base, others):
+def check_one(name, request):
+  """A single contributor is the result."""
+  del request
+  base, others = given(name)
+  how = method(name, **broadcast(name, CASES[name].alone, 1))
+  found = pj.merge(base, others[:1], how)
+  assert_close(found, named(others[0]), 2e-6)
+
+
+def check_equal(name, request):
+  """Contributors that are equal are the result; that compiles nothing."""
+  del request
+  count = CASES[name].contributors
+  base, others = given(name)
+  how = method(name, **broadcast(name, CASES[name].agreed, count))
+  eagerly(name)
+  with jax.no_tracing():
+    found = pj.merge(base, others[:1] * count, how)
+  assert_close(found, named(others[0]), 2e-6)
+
+
+def broadcast(name, special, count):
+  """Options, as many numbers of each as the row has of its own."""
+  lists = {
+    key: value[:count]
+    for key, value in CASES[name].options.items()
+    if isinstance(value, list)
+  }
+
+  def alike(key, value):
+    one = key in lists and not isinstance(value, list)
+    return [value] * len(lists[key]) if one else value
+
+  return lists | {key: alike(key, value) for key, value in special.items()}
+
+
+# ---------------------------------------------------------------------------
+# Elsewhere.
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One more way to run a method."""
+
+  dtype: str
+  place: str
+  how: str
+
+  def __str__(self):
+    return f"{self.dtype}-{self.place}-{self.how}"
+
+
+def runs_of(name):
+  """The ways, going round among the methods."""
+  turn = NAMES.index(name)
+  meshes = ("Auto", "Explicit")[:: 1 if turn % 2 else -1]
+  hows = ("eager", "jit")[:: 1 if turn // 2 % 2 else -1]
+  short = ("bfloat16", "float16")[:: 1 if turn // 4 % 2 else -1]
+  return (
+    Run("float32", meshes[0], hows[0]),
+    Run(short[0], meshes[1], hows[1]),
+    Run(short[1], "one", "jit"),
+  )
+
+
+def check_run(name, request, run):
   case = CASES[name]
-
-  def options(special, count):
-    lists = {
-      key: value[:count]
-      for key, value in case.options.items()
-      if isinstance(value, list)
-    }
-    return lists | dict(special)
-
-  if case.alone is not None:
-    how = method(name, **options(case.alone, 1))
-    found = pj.merge(base, others[:1], how)
-    assert_close(found, named(others[0]), 2e-6, "one contributor")
-  if case.agreed is not None:
-    how = method(name, **options(case.agreed, case.contributors))
-    found = pj.merge(base, others[:1] * case.contributors, how)
-    assert_close(found, named(others[0]), 2e-6, "equal contributors")
-
-
-# ---------------------------------------------------------------------------
-# Sixteen bits.
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_bfloat16_is_rounded_once(name, mesh_auto):
-  base, others = given(name, "bfloat16")
-  expected = reference(name, others[0] if base is None else base, others)
-  base, others = on_mesh(base, others, mesh_auto)
-  found = in_turn(name, second=True)(base, others, method(name))
+  base, others = given(name, run.dtype)
+  alone = run.how == "jit" and case.local
+  if alone:
+    base, others = each(part, base, others)
+  expected = reference(name, base, others)
+  wide = each(functools.partial(cast, dtype=np.float32), base, others)
+  wanted = part(eagerly(name)) if alone else eagerly(name)
+  if run.dtype != "float32":
+    # The same numbers in float32, which are merged by a program that exists,
+    # rounded once.
+    wanted = cast(pj.merge(*wide, method(name)), others[0])
+  if run.place != "one":
+    mesh = request.getfixturevalue(f"mesh_{run.place.lower()}")
+    base, others = on_mesh(base, others, mesh)
+  if run.how == "jit":
+    assert_fits(merge_jit.eval_shape(base, others, method(name)), others[0])
+  merge = merge_jit if run.how == "jit" else pj.merge
+  found = merge(base, others, method(name))
   assert_fits(found, others[0])
-  assert_rounded(found, expected, "bfloat16")
+  if run.dtype == "float32":
+    assert_same(name, found, wanted, "as eagerly on one device")
+  else:
+    assert_rounded(found, expected, run.dtype)
+    if case.exact:
+      assert same_bits(found, wanted), "rounded once"
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not CASES[n].heavy])
-def test_float16_is_rounded_once(name):
-  base, others = given(name, "float16")
-  like = others[0] if base is None else base
-  found = pj.merge(base, others, method(name))
-  assert_fits(found, like)
-  assert_rounded(found, reference(name, like, others), "float16")
+def cast(tree, dtype):
+  """In another dtype, but for integers, or in that of another tree."""
 
+  def to(x, dtype):
+    return x if x.dtype == np.int32 else np.asarray(x).astype(dtype)
 
-def assert_rounded(found, expected, dtype):
-  """To the nearest, in 99.9 % of all entries."""
-  found, wrong, count = named(found), 0, 0
-  for leaf, wanted in expected.items():
-    wanted = wanted.astype(np.float32).astype(DTYPES[dtype])
-    wrong += np.sum(found[leaf] != wanted.astype(np.float32))
-    count += wanted.size
-  assert wrong <= count / 1000, f"{wrong} of {count} entries"
+  if isinstance(dtype, dict):
+    return jax.tree.map(lambda x, like: to(x, like.dtype), tree, dtype)
+  return jax.tree.map(lambda x: to(x, dtype), tree)
 
 
 # ---------------------------------------------------------------------------
-# mergekit's own answers.
-
-RANDOM = {method_of(name) for name in ROWS if CASES[name].masks is not None}
-GOLDEN = [case for case in recorded.cases() if case.dtype == "float32"]
+# All of it, row by row: one process compiles what a row needs.
 
 
-def of_mergekit(case):
-  """The method that a call of mergekit stands for."""
-  make = getattr(pj.merging, case.method)
-  options = dict(case.settings)
-  known = inspect.signature(make).parameters
-  if "flavour" in known:
-    options["flavour"] = "mergekit"
-  if "task_vectors" in known:
-    options["task_vectors"] = case.base is not None
-  if "from_base" in known:
-    options["from_base"] = case.base is not None
-  if case.method in RANDOM:
-    options |= CASES[case.method].only_method
-  return make(**options)
+def checks_of(name):
+  """The checks of a row by name."""
+  case = CASES[name]
+  found = [check_reference, check_files, check_leaves]
+  if case.swept:
+    found.append(check_numbers)
+  if name not in NAMES:
+    found.append(check_shapes)
+  if case.symmetric and case.masks is None and case.contributors > 1:
+    found.append(check_contributors)
+  if case.alone is not None:
+    found.append(check_one)
+  if case.agreed is not None:
+    found.append(check_equal)
+  checks = {f.__name__.removeprefix("check_"): f for f in found}
+  if name in NAMES:
+    for run in runs_of(name):
+      checks[str(run)] = functools.partial(check_run, run=run)
+  return checks
 
 
-def leaves_of(case, first):
-  """Leaves to be merged: each of another shape is one more compilation.
+@pytest.mark.parametrize(
+  ("name", "check"),
+  [
+    pytest.param(name, check, id=f"{name}-{what}")
+    for name in ROWS
+    for what, check in checks_of(name).items()
+  ],
+)
+def test_row(name, check, request):
+  check(name, request)
 
-  The reference is held to all of them.
-  """
-  kinds = [
-    x for x in ("layers.1.conv", "embed", *case.merged) if x in case.merged
-  ]
-  light = not CASES[case.method].heavy
-  vector = ["norm.scale"] if first and light else []
-  return [*kinds[:1], *(x for x in vector if x in case.merged)]
 
-
-@pytest.mark.parametrize("name", sorted({case.method for case in GOLDEN}))
-def test_mergekit(name):
-  calls = [case for case in GOLDEN if case.method == name]
-  for case in calls:
-    few = leaves_of(case, case is calls[0])
-
-    def cut(tree, few=few):
-      return {leaf: tree[leaf] for leaf in few}
-
-    base = case.base if case.base is None else cut(case.base)
-    others = list(map(cut, case.models))
-    found = pj.merge(base, others, of_mergekit(case))
-    expected = case.merged
-    if name in RANDOM:
-      # Recorded draws are held against the reference elsewhere.
-      settings = {**case.settings, "flavour": "mergekit"}
-      own = masks(name, base, others, settings)
-      expected = references()[name](
-        base, others, flavour="mergekit", **case.settings, **own
-      )
-    for leaf in few:
-      wanted = expected[leaf]
-      np.testing.assert_allclose(
-        found[leaf],
-        wanted,
-        rtol=0,
-        atol=1e-6 * np.max(np.abs(wanted)),
-        err_msg=f"{case.name} {case.settings} {leaf}",
-      )
+def test_every_method_is_run_everywhere():
+  seen = set()
+  for name in NAMES:
+    runs = [Run("float32", "one", "eager"), *runs_of(name)]
+    for what, count in (("dtype", 3), ("place", 3), ("how", 2)):
+      assert len({getattr(run, what) for run in runs}) == count, name
+    for run in runs:
+      seen.update(itertools.combinations(dataclasses.astuple(run), 2))
+  kinds = (("float32", "bfloat16", "float16"), ("one", "Auto", "Explicit"))
+  for one, other in itertools.combinations((*kinds, ("eager", "jit")), 2):
+    assert seen >= set(itertools.product(one, other))
 
 
 # ---------------------------------------------------------------------------
