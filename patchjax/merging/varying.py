@@ -105,7 +105,7 @@ def _counts(*, beside):
 def _counted(kind: selection.Round) -> transform.Count:
   def reduce(leaf, kept, state, carry, *, beside):
     del state, beside
-    return kind.count(*kept, leaf, list(carry[1]))
+    return kind.count(kept, leaf, carry[1])
 
   def finish(total, carry, *, beside):
     del beside

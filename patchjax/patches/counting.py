@@ -8,6 +8,7 @@ Limbs are added as they are, over leaves and devices, and carried afterwards.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
   return (1, size) if len(shape) < 2 else (size // shape[-1], shape[-1])
 
 
-def count_true(masks: tuple[Array, ...], *, local: bool) -> Array:
+def count_true(masks: Sequence[Array], *, local: bool) -> Array:
   """Counts the true entries of several masks of one shape in one read.
 
   The counts are the operands of one variadic reduction: XLA fuses that with
@@ -81,9 +82,37 @@ def count_true(masks: tuple[Array, ...], *, local: bool) -> Array:
   Returns:
     carried limbs `int32[2, len(masks)]`.
   """
-  shape = masks[0].shape
+  return count_each([masks], local=local)
+
+
+def count_each(groups: Sequence[Sequence[Array]], *, local: bool) -> Array:
+  """Counts the true entries of groups of masks, with one read for each group.
+
+  Args:
+    groups: see `count_true`; of one shape.
+    local: see `count_true`.
+
+  Returns:
+    carried limbs `int32[2, number of all masks]`.
+  """
+  shape = groups[0][0].shape
   if not math.prod(shape):
-    return jnp.zeros((2, len(masks)), jnp.int32)
+    return jnp.zeros((2, sum(map(len, groups))), jnp.int32)
+  partial = [x for masks in groups for x in _partial(masks, local=local)]
+  # Fused with the next sum, the reduction would run on one core.
+  partial = lax.optimization_barrier(partial)
+  if math.prod(shape) >= 1 << 31:
+    return jnp.stack([limb_sum(p) for p in partial], axis=1)
+  flat = jnp.stack([p.reshape(-1) for p in partial])
+  total = jnp.sum(flat, axis=1, dtype=jnp.int32)
+  return jnp.stack(
+    [total >> jnp.int32(LIMB), total & jnp.int32((1 << LIMB) - 1)]
+  )
+
+
+def _partial(masks: Sequence[Array], *, local: bool) -> Sequence[Array]:
+  """Returns the counts of several masks along rows."""
+  shape = masks[0].shape
   rows: tuple[int, ...] = shape or (1,)
   axis = len(rows) - 1
   if local:
@@ -95,23 +124,12 @@ def count_true(masks: tuple[Array, ...], *, local: bool) -> Array:
     if len(masks) == 1 and size % 16 == 0 and size >= 1 << 16:
       rows, axis = (16, size // 16), 0
   ones = [mask.reshape(rows).astype(jnp.int32) for mask in masks]
-  partial = lax.reduce(
+  return lax.reduce(
     tuple(ones),
     (jnp.int32(0),) * len(ones),
     lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)),
     (axis,),
   )
-  # Fused with the next sum, the reduction would run on one core.
-  partial = lax.optimization_barrier(partial)
-  if math.prod(shape) < 1 << 31:
-    total = jnp.stack([jnp.sum(p, dtype=jnp.int32) for p in partial])
-    return jnp.stack(
-      [
-        total >> jnp.int32(LIMB),
-        total & jnp.int32((1 << LIMB) - 1),
-      ]
-    )
-  return jnp.stack([limb_sum(p) for p in partial], axis=1)
 
 
 def limb_sum(x: Array) -> Array:

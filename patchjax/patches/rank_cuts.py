@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
-
 from patchjax.patches import selection, transform
 
 Array = Any
@@ -106,11 +104,7 @@ def _counted(
     *seen, searches = rest
     if keys is not None:
       found = keys(leaf, found, *seen, **options)
-    parts = [
-      kind.count(key, leaf, [searches[i * each + j] for j in range(each)])
-      for i, key in enumerate(found)
-    ]
-    return jnp.concatenate(parts)
+    return kind.count(found, leaf, searches, each)
 
   def finish(total, searches, **options):
     del options

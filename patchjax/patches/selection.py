@@ -23,6 +23,7 @@ The search then refines those words in turn, only if a tie straddles the cut.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,13 +32,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from patchjax.patches import placement
 from patchjax.patches.counting import (
   LIMB,
   at_least,
   carried,
-  count_true,
+  count_each,
   limbs,
   number_of,
 )
@@ -50,6 +52,12 @@ _WORDS = 5
 _BUCKETS = 12
 """Bits of a key that the histogram of a sample tells apart."""
 
+_K, _FOUND, _PHASE, _SPAN, _OVER, _UNDER, _AT, _EVEN = 0, 2, 6, 7, 8, 9, 10, 15
+"""Where what a search knows is in its array."""
+
+_MOST = 4294967040.0
+"""The largest float32 that is a `uint32`."""
+
 _SAMPLE = 1 << 14
 """Keys that are looked at before the first pass, if there are more."""
 
@@ -57,36 +65,68 @@ _SAMPLE = 1 << 14
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Search:
-  """A search for the k-th largest key, between two passes.
+  """A search for the k-th largest key, between two passes; or several.
+
+  All that changes is in one array, and is written by one operation: each
+  array more of a loop takes longer to compile than all passes to run.
 
   Attributes:
-    k: limbs `int32[2]` of the rank that is sought.
-    found: words of the least key that the k-th can be, `uint32[4]`: magnitude,
-      and the complements of leaf position, row and index; words that are not
-      searched yet are 0.
-    phase: which word is being searched, `int32[]`.
-    span: that word is at most so much larger than in `found`, `uint32[]`.
-    over: how many more than k keys are at or above `found`, `float32[]`.
-    under: and how many less than k are above all that is left.
-    words: thresholds of the next pass, `uint32[5]`, all in what is left.
-    even: whether they cut what is left in equal parts, `bool[]`.
-    widths: bits of each of the words, static.
+    known: `uint32[..., 16]`; its parts are the properties below, of the same
+      leading axes.
+    widths: bits of each of the words of a key, static.
     early: whether the search may end, static, as soon as exactly k keys are
       at or above `found`, which then is a cut and perhaps no key.
     stride: of how many keys one is looked at before the first pass, static.
   """
 
-  k: Array
-  found: Array
-  phase: Array
-  span: Array
-  over: Array
-  under: Array
-  words: Array
-  even: Array
+  known: Array
   widths: tuple[int, ...] = dataclasses.field(metadata={"static": True})
   early: bool = dataclasses.field(metadata={"static": True})
   stride: int = dataclasses.field(metadata={"static": True})
+
+  @property
+  def k(self) -> Array:
+    """The rank that is sought: limbs `int32[..., 2]`."""
+    return self.known[..., _K:_FOUND].astype(np.int32)
+
+  @property
+  def found(self) -> Array:
+    """Words of the least key that the k-th can be, `uint32[..., 4]`.
+
+    Magnitude, and the complements of leaf position, row and index; words that
+    are not searched yet are 0.
+    """
+    return self.known[..., _FOUND:_PHASE]
+
+  @property
+  def phase(self) -> Array:
+    """Which word is being searched."""
+    return self.known[..., _PHASE].astype(np.int32)
+
+  @property
+  def span(self) -> Array:
+    """How much larger than in `found` that word is at most."""
+    return self.known[..., _SPAN]
+
+  @property
+  def over(self) -> Array:
+    """How many more than k keys are at or above `found`, `float32`."""
+    return _float(self.known[..., _OVER])
+
+  @property
+  def under(self) -> Array:
+    """And how many less than k are above all that is left."""
+    return _float(self.known[..., _UNDER])
+
+  @property
+  def words(self) -> Array:
+    """Thresholds of the next pass, `uint32[..., 5]`, all in what is left."""
+    return self.known[..., _AT : _AT + _WORDS]
+
+  @property
+  def even(self) -> Array:
+    """Whether they cut what is left in equal parts."""
+    return self.known[..., _EVEN] != np.uint32(0)
 
   @property
   def done(self) -> Array:
@@ -104,11 +144,38 @@ class Search:
     return self.phase == np.int32(0)
 
   def __iter__(self) -> Iterator[Search]:
-    """Goes over several searches whose arrays are stacked."""
-    return (self[i] for i in range(self.phase.shape[0]))
+    return (self[i] for i in range(self.known.shape[0]))
 
-  def __getitem__(self, which: Any) -> Search:
-    return jax.tree.map(lambda x: x[which], self)
+  def __getitem__(self, which: int) -> Search:
+    return dataclasses.replace(self, known=self.known[which])
+
+
+def _float(bits: Array) -> Array:
+  if isinstance(bits, jax.Array):
+    return lax.bitcast_convert_type(bits, jnp.float32)
+  return np.asarray(bits).view(np.float32)
+
+
+def _bits(number: Array) -> Array:
+  if isinstance(number, jax.Array):
+    return lax.bitcast_convert_type(number, jnp.uint32)
+  return np.asarray(number, np.float32).view(np.uint32)
+
+
+def _put(known: Array, parts: dict[int, Any]) -> Array:
+  """Returns what is known with some numbers replaced."""
+  if not isinstance(known, jax.Array) and not any(
+    isinstance(part, jax.Array) for part in parts.values()
+  ):
+    known = known.copy()
+    for at, part in parts.items():
+      known[at] = part
+    return known
+  known = jnp.asarray(known)
+  lane = lax.iota(jnp.int32, known.shape[0])
+  for at, part in parts.items():
+    known = jnp.where(lane == jnp.int32(at), jnp.asarray(part), known)
+  return known
 
 
 def search(
@@ -132,16 +199,15 @@ def search(
   """
   size = sum(map(math.prod, shapes))
   span = (1 << bits) - 1
-  cuts = np.arange(1, _WORDS + 1, dtype=np.uint32)
+  known = np.zeros(16, np.uint32)
+  known[_K:_FOUND] = limbs(size)
+  known[_SPAN] = span
+  known[_UNDER] = _bits(np.float32(size))
+  steps = np.arange(1, _WORDS + 1, dtype=np.uint32)
+  known[_AT : _AT + _WORDS] = np.uint32(span // (_WORDS + 1)) * steps
+  known[_EVEN] = 1
   every = Search(
-    k=limbs(size),
-    found=np.zeros(4, np.uint32),
-    phase=np.int32(0),
-    span=np.uint32(span),
-    over=np.float32(0),
-    under=np.float32(size),
-    words=np.uint32(span // (_WORDS + 1)) * cuts,
-    even=np.bool_(True),
+    known=known,
     widths=key_widths(shapes, bits) if exact else (bits,),
     early=early,
     # An odd one: rows are even in length, and all columns shall be seen.
@@ -157,30 +223,34 @@ def of_rank(every: Search, k: Array) -> Search:
     every: a search at its beginning, of the rank of all keys.
     k: limbs of the rank.
   """
-  # On the host where k is: nothing small to compile outside jit.
-  xp = np if isinstance(k, np.ndarray) else jnp
+  xp = jnp
+  if not isinstance(k, Tracer) and not isinstance(every.known, Tracer):
+    # On the host: nothing small to compile outside jit.
+    xp, k = np, np.asarray(k)
   over = number_of(every.k - k, xp)
   # Nothing is kept, or all: that is no question.
   trivial = (k == 0).all() | ((over == xp.float32(0)) & every.early)
-  end = np.int32(len(every.widths))
-  return dataclasses.replace(
-    every,
-    k=k,
-    phase=xp.where(trivial, end, np.int32(0)),
-    over=over,
-    under=number_of(k, xp),
-  )
+  end = xp.uint32(len(every.widths))
+  parts = {
+    _K: k[0].astype(xp.uint32),
+    _K + 1: k[1].astype(xp.uint32),
+    _PHASE: xp.where(trivial, end, xp.uint32(0)),
+    _OVER: _bits(over),
+    _UNDER: _bits(number_of(k, xp)),
+  }
+  return dataclasses.replace(every, known=_put(every.known, parts))
 
 
 def stacked(searches: Sequence[Search]) -> Search:
-  """Returns several searches as one, with an axis more.
+  """Returns several searches as one.
 
   Args:
     searches: for keys of as many bits, in the same leaves.
   """
-  host = all(isinstance(x, np.ndarray) for x in jax.tree.leaves(searches))
-  stack = np.stack if host else jnp.stack
-  return jax.tree.map(lambda *xs: stack(xs), *searches)
+  known = [search.known for search in searches]
+  traced = any(isinstance(x, jax.Array) for x in known)
+  stack = jnp.stack if traced else np.stack
+  return dataclasses.replace(searches[0], known=stack(known))
 
 
 def key_widths(
@@ -204,26 +274,38 @@ def key_widths(
 
 
 def sketch(
-  keys: Array, leaf: placement.Leaf, states: tuple[Search, ...]
+  keys: Sequence[Array], leaf: placement.Leaf, states: Search, each: int = 1
 ) -> Array:
-  """Returns a histogram of some of a leaf's keys, for `aimed`.
+  """Returns histograms of some of a leaf's keys, for `aimed`.
 
   Args:
-    keys: unsigned integers of the leaf's (or shard's) shape.
+    keys: arrays of unsigned integers of the leaf's (or shard's) shape.
     leaf: where the leaf is.
-    states: the searches, for keys of as many bits.
+    states: the searches.
+    each: how many of them are in each array.
 
   Returns:
     `int32[len(states), 4096]`, of this leaf or shard alone; zeros if its
-    arrays may lie on several devices, where taking some apart is dear.
+    arrays may lie on several devices, where taking some apart is dear. Of no
+    buckets for few keys, of which all are soon counted.
   """
-  histogram = jnp.zeros(1 << _BUCKETS, jnp.int32)
-  if leaf.local and keys.size:
-    state = states[0]
-    some = keys.reshape(-1)[:: state.stride].astype(jnp.uint32)
-    buckets = some >> jnp.uint32(_shift(state))
-    histogram = histogram.at[buckets].add(jnp.int32(1), mode="drop")
-  return jnp.broadcast_to(histogram, (len(states), 1 << _BUCKETS))
+  buckets = 1 << _BUCKETS
+  if states.stride == 1:
+    return jnp.zeros((len(keys) * each, 0), jnp.int32)
+  histogram = jnp.zeros(len(keys) * buckets, jnp.int32)
+  if leaf.local and keys[0].size:
+    shift = jnp.uint32(_shift(states))
+    # All in one: what takes long is to compile such a loop.
+    some = [
+      (key.reshape(-1)[:: states.stride].astype(jnp.uint32) >> shift)
+      + jnp.uint32(i * buckets)
+      for i, key in enumerate(keys)
+    ]
+    where = jnp.concatenate(some)
+    histogram = histogram.at[where].add(jnp.int32(1), mode="drop")
+  histogram = histogram.reshape(len(keys), 1, buckets)
+  whole = jnp.broadcast_to(histogram, (len(keys), each, buckets))
+  return whole.reshape(len(keys) * each, buckets)
 
 
 def _shift(state: Search) -> int:
@@ -234,32 +316,67 @@ def aimed(histogram: Array, state: Search) -> Search:
   """Returns a search at its beginning, with thresholds near k.
 
   Args:
-    histogram: of a sample, `int32[4096]`, summed over leaves and shards.
+    histogram: from `sketch`, of a search, summed over leaves and shards.
     state: the search.
   """
-  above = lax.cumsum(histogram, reverse=True)
-  size = above[0].astype(jnp.float32)
+  if not histogram.size:
+    return state
+  above = _suffix_sums(histogram)
+  size = above[0]
   of = state.under / jnp.maximum(state.under + state.over, jnp.float32(1))
   rank = size * of
   sigma = jnp.sqrt(rank * (jnp.float32(1) - of)) + jnp.float32(1)
   ranks = rank + sigma * jnp.asarray([4.0, 1.3, -1.3, -4.0], jnp.float32)
   # The last bucket at whose lower end so many are above, and how far in it.
-  enough = above[:, None].astype(jnp.float32) >= ranks[None]
-  at = jnp.maximum(jnp.sum(enough, axis=0, dtype=jnp.int32) - 1, 0)
-  over = above[at].astype(jnp.float32) - ranks
-  inside = over / jnp.maximum(histogram[at], 1).astype(jnp.float32)
-  width = 1 << _shift(state)
-  far = jnp.clip(inside, 0.0, 1.0) * jnp.float32(width)
-  words = at.astype(jnp.uint32) * jnp.uint32(width) + far.astype(jnp.uint32)
-  # Zeros of sparse task vectors are told from all others.
-  words = jnp.concatenate([jnp.ones(1, jnp.uint32), words])
-  words = jnp.clip(words, jnp.uint32(1), state.span)
-  use = (size > jnp.float32(0)) & (state.phase == jnp.int32(0))
-  return dataclasses.replace(
-    state,
-    words=jnp.where(use, words, state.words),
-    even=jnp.where(use, jnp.asarray(False), state.even),
+  above = above[:, None]
+  enough = above >= ranks[None]
+  one, nought = jnp.float32(1), jnp.float32(0)
+  at, high, low = lax.reduce(
+    (
+      enough.astype(jnp.float32),
+      jnp.where(enough, above, size),
+      jnp.where(enough, nought, above),
+    ),
+    (nought, jnp.float32(jnp.inf), nought),
+    lambda a, b: (
+      a[0] + b[0],
+      jnp.minimum(a[1], b[1]),
+      jnp.maximum(a[2], b[2]),
+    ),
+    (0,),
   )
+  inside = jnp.clip((high - ranks) / jnp.maximum(high - low, one), 0.0, 1.0)
+  width = jnp.float32(1 << _shift(state))
+  words = (jnp.maximum(at - one, nought) + inside) * width
+  # Zeros of sparse task vectors are told from all others.
+  words = [one, *(words[i] for i in range(4))]
+  use = (size > nought) & state.in_keys
+  least, most = jnp.uint32(1), state.span
+  parts = {
+    _AT + i: jnp.clip(word.astype(jnp.uint32), least, most)
+    for i, word in enumerate(words)
+  }
+  known = _put(state.known, {**parts, _EVEN: jnp.uint32(0)})
+  known = jnp.where(use, known, state.known)
+  return dataclasses.replace(state, known=known)
+
+
+def _sum_min_max(a, b):
+  return a[0] + b[0], jnp.minimum(a[1], b[1]), jnp.maximum(a[2], b[2])
+
+
+def _suffix_sums(x: Array) -> Array:
+  """Returns `cumsum(reverse=True)` of 4096 integers, as float32.
+
+  In two steps of 64, each a product with a triangle: a scan is compiled to
+  several loops. A sample is small enough for float32.
+  """
+  side = 1 << (_BUCKETS // 2)
+  triangle = np.tril(np.ones((side, side), np.float32))
+  dot = functools.partial(jnp.dot, precision=lax.Precision.HIGHEST)
+  within = dot(x.reshape(side, side).astype(jnp.float32), triangle)
+  after = dot((triangle - np.eye(side, dtype=np.float32)).T, within[:, 0])
+  return (within + after[:, None]).reshape(-1)
 
 
 # ---------------------------------------------------------------------------
@@ -267,35 +384,40 @@ def aimed(histogram: Array, state: Search) -> Search:
 
 
 def count_at_least(
-  keys: Array,
+  keys: Sequence[Array],
   leaf: placement.Leaf,
-  states: tuple[Search, ...],
+  states: Search,
+  each: int = 1,
   *,
   ties: bool = False,
 ) -> Array:
   """Returns how many keys are at or above each search's thresholds.
 
   Args:
-    keys: unsigned integers of the leaf's (or shard's) shape.
+    keys: arrays of unsigned integers of the leaf's (or shard's) shape.
     leaf: where the leaf is in the model.
-    states: the searches; all of them share one read of the keys.
+    states: the searches.
+    each: how many of them are in each array; they share one read of it.
     ties: whether the words after the first are searched, or the first.
 
   Returns:
     limbs `int32[len(states), 2, 5]`.
   """
+  index = leaf.index(states.found) if ties else None
+  alone = _alone(leaf, states)
   masks = []
-  index = leaf.index([state.found for state in states]) if ties else None
-  for state in states:
-    words = [state.words[i] for i in range(_WORDS)]
-    if index is None:
-      masks += [keys >= word.astype(keys.dtype) for word in words]
-      continue
-    ranked = _ranked(keys, _alone(leaf, state), index, state)
-    # Words count from 1 on: 0 is for what is below all ties.
-    masks += [ranked > word for word in words]
-  counts = count_true(tuple(masks), local=leaf.local)
-  return counts.reshape(2, len(states), _WORDS).swapaxes(0, 1)
+  for i, key in enumerate(keys):
+    masks.append([])
+    for state in (states[i * each + j] for j in range(each)):
+      words = [state.words[j] for j in range(_WORDS)]
+      if index is None:
+        masks[i] += [key >= word.astype(key.dtype) for word in words]
+      else:
+        ranked = _ranked(key, alone, index, state)
+        # Words count from 1 on: 0 is for what is below all ties.
+        masks[i] += [ranked > word for word in words]
+  counts = count_each(masks, local=leaf.local)
+  return counts.reshape(2, len(keys) * each, _WORDS).swapaxes(0, 1)
 
 
 def _ranked(
@@ -335,18 +457,9 @@ def narrow(counts: Array, state: Search) -> Search:
     counts: limbs `int32[2, 5]` summed over leaves and shards.
     state: the search before; one that is over stays as it is.
   """
-  new, hit = _narrowed(counts, state, state.found[0])
-  following, span = _after(state.widths, 0)
-  settled = new.span == jnp.uint32(0)
-  least = new.found
-  new = dataclasses.replace(
-    new,
-    found=_put(state.found, jnp.int32(0), least),
-    phase=jnp.where(settled, jnp.int32(following), state.phase),
-    span=jnp.where(settled, jnp.uint32(span), new.span),
-  )
-  least = jnp.where(settled, jnp.uint32(0), least)
-  return _aimed_again(new, state, hit, least, state.in_keys)
+  known = _narrowed(counts, state, state.found[0], {0: None})
+  known = jnp.where(state.in_keys, known, state.known)
+  return dataclasses.replace(state, known=known)
 
 
 def narrow_ties(counts: Array, state: Search) -> Search:
@@ -356,28 +469,99 @@ def narrow_ties(counts: Array, state: Search) -> Search:
     counts: see `narrow`.
     state: the search before; one that is over stays as it is.
   """
+  phases = {i: state.phase == jnp.int32(i) for i in (1, 2, 3)}
+  nought = jnp.uint32(0)
   least = sum(
-    jnp.where(state.phase == jnp.int32(i), state.found[i], jnp.uint32(0))
-    for i in (1, 2, 3)
+    jnp.where(is_, state.found[i], nought) for i, is_ in phases.items()
   )
-  new, hit = _narrowed(counts, state, least)
-  settled = new.span == jnp.uint32(0)
-  phase, span, least = state.phase, new.span, new.found
-  for i in (1, 2, 3):
-    following, full = _after(state.widths, i)
-    moves = settled & (state.phase == jnp.int32(i))
-    phase = jnp.where(moves, jnp.int32(following), phase)
-    span = jnp.where(moves, jnp.uint32(full), span)
-  new = dataclasses.replace(
-    new, found=_put(state.found, state.phase, least), phase=phase, span=span
-  )
-  least = jnp.where(settled, jnp.uint32(0), least)
-  return _aimed_again(new, state, hit, least, state.in_ties)
+  known = _narrowed(counts, state, least, phases)
+  known = jnp.where(state.in_ties, known, state.known)
+  return dataclasses.replace(state, known=known)
 
 
-def _put(words: Array, at: Array, word: Array) -> Array:
-  """Returns the words of a key with one replaced."""
-  return jnp.where(jnp.arange(4, dtype=jnp.int32) == at, word, words)
+def _narrowed(
+  counts: Array, state: Search, least: Array, phases: dict[int, Any]
+) -> Array:
+  """Returns what is known after a pass over the word of one of some phases.
+
+  Written with elementwise operations on scalars and one last array: all of it
+  is compiled for every loop, and none of it takes time.
+  """
+  one, nought = jnp.uint32(1), jnp.uint32(0)
+  most = least + state.span
+  # Thresholds are in no order: the highest with k keys, the lowest without.
+  more = number_of(carried(counts) - state.k[:, None])
+  low, high, over, under = least, most, state.over, state.under
+  for i in range(_WORDS):
+    word, surplus = state.words[i], more[i]
+    enough = surplus >= jnp.float32(0)
+    low = jnp.where(enough, jnp.maximum(low, word), low)
+    over = jnp.where(enough, jnp.minimum(over, surplus), over)
+    high = jnp.where(enough, high, jnp.minimum(high, word - one))
+    under = jnp.where(enough, under, jnp.minimum(under, -surplus))
+  span = high - low
+  settled = span == nought
+  even = ~state.even & (span > _sixth(state.span))
+  parts = {}
+  phase, full = state.phase.astype(jnp.uint32), span
+  for i, here in phases.items():
+    following, width = _after(state.widths, i)
+    moves = settled if here is None else settled & here
+    phase = jnp.where(moves, jnp.uint32(following), phase)
+    full = jnp.where(moves, jnp.uint32(width), full)
+    at = state.found[i]
+    parts[_FOUND + i] = low if here is None else jnp.where(here, low, at)
+  if state.early:
+    end = jnp.uint32(len(state.widths))
+    phase = jnp.where(over == jnp.float32(0), end, phase)
+  least = jnp.where(settled, nought, low)
+  words = _next_words(least, full, over, under, even)
+  parts |= {
+    _PHASE: phase,
+    _SPAN: full,
+    _OVER: _bits(over),
+    _UNDER: _bits(under),
+    _EVEN: even.astype(jnp.uint32),
+  }
+  lane = lax.iota(jnp.int32, 16)
+  is_word = (lane >= _AT) & (lane < _AT + _WORDS)
+  return _put(jnp.where(is_word, words, state.known), parts)
+
+
+def _next_words(
+  least: Array, span: Array, over: Array, under: Array, even: Array
+) -> Array:
+  """Returns thresholds in `least + 1 .. least + span`, where they belong."""
+  one, span = jnp.uint32(1), jnp.maximum(span, jnp.uint32(1))
+  place = lax.iota(jnp.int32, 16) - jnp.int32(_AT)
+  at = place.astype(jnp.uint32)
+  # As if keys were spread evenly over what is left: k lies about there, and
+  # almost certainly not further from it than two standard deviations, which
+  # are at most the span divided by the root of how many keys are left.
+  left = jnp.clip(over + under, 1.0, _MOST)
+  part = jnp.clip((over + jnp.float32(0.5)) / left, 0.0, 1.0)
+  digits = jnp.uint32(32) - lax.clz(left.astype(jnp.uint32))
+  away = jnp.maximum(span >> (digits >> one), one).astype(jnp.float32)
+  far = part * span.astype(jnp.float32)
+  far = far + away * (place - jnp.int32(1)).astype(jnp.float32)
+  far = jnp.clip(far, 1.0, _MOST).astype(jnp.uint32)
+  most = least + span
+  differ = jnp.uint32(31) - lax.clz((least ^ most) | one)
+  round_ = ((most >> differ) << differ) - least
+  far = jnp.where(place > jnp.int32(2), round_ + at - jnp.uint32(3), far)
+  cut = even | (span <= jnp.uint32(_WORDS))
+  far = jnp.where(cut, jnp.minimum(_sixth(span), span) * (at + one), far)
+  return least + jnp.clip(far, one, span)
+
+
+def _sixth(span: Array) -> Array:
+  """Returns about a sixth of a span, and 1 of a small one; never 0.
+
+  Without a division: those are compiled apart from what is around them.
+  """
+  two, three = jnp.uint32(2), jnp.uint32(3)
+  eighth = span >> three
+  return eighth + (eighth >> two) + (eighth >> jnp.uint32(4)) + jnp.uint32(1)
 
 
 def _after(widths: tuple[int, ...], phase: int) -> tuple[int, int]:
@@ -387,72 +571,13 @@ def _after(widths: tuple[int, ...], phase: int) -> tuple[int, int]:
   return following, (1 << (*widths, 0)[following]) - 1
 
 
-def _narrowed(
-  counts: Array, state: Search, least: Array
-) -> tuple[Search, Array]:
-  """Returns the search of one word after a pass, and whether it hit k.
-
-  `found` is the least word that is left. Written with few operations: all of
-  it is compiled for every loop, and none of it takes time.
-  """
-  # Thresholds are in no order: the highest with k keys, the lowest without.
-  more = number_of(carried(counts) - state.k[:, None])
-  enough = more >= jnp.float32(0)
-  most = least + state.span
-  low = jnp.max(jnp.where(enough, state.words, least))
-  high = jnp.min(jnp.where(enough, most, state.words - jnp.uint32(1)))
-  over = jnp.min(jnp.where(enough, more, state.over))
-  under = jnp.min(jnp.where(enough, state.under, -more))
-  span = high - low
-  even = ~state.even & (span > state.span // jnp.uint32(_WORDS + 1))
-  new = dataclasses.replace(
-    state, found=low, span=span, over=over, under=under, even=even
-  )
-  return new, over == jnp.float32(0)
-
-
-def _aimed_again(
-  new: Search, old: Search, hit: Array, least: Array, mine: Array
-) -> Search:
-  """Returns the search with its next thresholds, or as it was."""
-  phase = new.phase
-  if new.early:
-    phase = jnp.where(hit, jnp.int32(len(new.widths)), phase)
-  new = dataclasses.replace(new, phase=phase, words=_next_words(new, least))
-  return jax.tree.map(lambda a, b: jnp.where(mine, b, a), old, new)
-
-
-def _next_words(state: Search, least: Array) -> Array:
-  """Returns thresholds in `least + 1 .. least + span`."""
-  one, span = jnp.uint32(1), jnp.maximum(state.span, jnp.uint32(1))
-  steps = jnp.arange(1, _WORDS + 1, dtype=jnp.uint32)
-  sixth = (span - one) // jnp.uint32(_WORDS + 1) + one
-  # As if keys were spread evenly over what is left: k lies about there, and
-  # with two thirds of certainty not further than sigma from it.
-  left = jnp.maximum(state.over + state.under, jnp.float32(1))
-  part = (state.over + jnp.float32(0.5)) / left
-  part = jnp.clip(part, 0.0, 1.0)
-  width = span.astype(jnp.float32)
-  sigma = jnp.sqrt(part * (jnp.float32(1) - part) / left) * width
-  sigma = jnp.maximum(sigma, jnp.float32(1))
-  far = part * width + sigma * jnp.asarray([-2, 0, 2, 0, 0], jnp.float32)
-  far = jnp.clip(far, 1.0, 4294967040.0).astype(jnp.uint32)
-  most = least + span
-  differ = jnp.uint32(31) - lax.clz((least ^ most) | one)
-  round_ = ((most >> differ) << differ) - least
-  far = jnp.where(steps > jnp.uint32(3), round_ + steps - jnp.uint32(4), far)
-  cut = state.even | (span <= jnp.uint32(_WORDS))
-  far = jnp.where(cut, jnp.minimum(sixth, span) * steps, far)
-  return least + jnp.clip(far, one, span)
-
-
 @dataclasses.dataclass(frozen=True)
 class Round:
   """Passes of one kind.
 
   Attributes:
-    count: `(keys, leaf, searches)`, an array with an entry a search, to be
-      summed over leaves and shards.
+    count: `(arrays of keys, leaf, searches, each)`, an array with an entry a
+      search, to be summed over leaves and shards.
     narrow: `(its part of the sum, search)`, the search after the pass.
     open: `(search)`, whether it needs such a pass.
     once: whether there is one at most.
@@ -484,14 +609,14 @@ def rounds(*, exact: bool) -> tuple[Round, ...]:
   return _ROUNDS if exact else _ROUNDS[:2]
 
 
-def _count_ties(keys, leaf, states):
-  return count_at_least(keys, leaf, states, ties=True)
-
-
 _ROUNDS = (
   Round(sketch, aimed, lambda state: state.in_keys, once=True),
   Round(count_at_least, narrow, lambda state: state.in_keys),
-  Round(_count_ties, narrow_ties, lambda state: state.in_ties),
+  Round(
+    functools.partial(count_at_least, ties=True),
+    narrow_ties,
+    lambda state: state.in_ties,
+  ),
 )
 
 
@@ -577,12 +702,13 @@ def resumed(start: Search, key: int, count: int, above: int) -> Search:
   if start.early and count == k:
     phase = len(start.widths)
   words = span // (_WORDS + 1) * np.arange(1, _WORDS + 1) + 1
-  return dataclasses.replace(
-    start,
-    found=np.array([key, 0, 0, 0], np.uint32),
-    phase=np.int32(phase),
-    span=np.uint32(span),
-    over=np.float32(count - k),
-    under=np.float32(k - above),
-    words=np.clip(words, 1, max(span, 1)).astype(np.uint32),
-  )
+  words = np.clip(words, 1, max(span, 1))
+  parts = {
+    _FOUND: key,
+    _PHASE: phase,
+    _SPAN: span,
+    _OVER: _bits(np.float32(count - k)),
+    _UNDER: _bits(np.float32(k - above)),
+    **{_AT + i: word for i, word in enumerate(words)},
+  }
+  return dataclasses.replace(start, known=_put(start.known, parts))

@@ -86,7 +86,7 @@ def _passes(
 
 def _counted(kind: selection.Round) -> Any:
   def count(x, leaf, states):
-    return kind.count(ordering.magnitude_bits(x), leaf, list(states))
+    return kind.count((ordering.magnitude_bits(x),), leaf, states)
 
   return count
 

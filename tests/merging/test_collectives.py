@@ -57,10 +57,20 @@ def test_selection_sends_one_small_sum_a_pass(mesh_explicit):
   sharding = jax.sharding.NamedSharding(mesh_explicit, jax.P("x", "y"))
   x = jax.device_put(x, sharding)
   found = collectives(lambda x: top_k.kth_magnitude(x, 100), x)
-  # Of the sample, and in each pass.
+  assert [operation for _, operation in found] == ["all-reduce"]
+  assert found[0][0].startswith("s32[1,2,5]")
+
+
+def test_a_sample_is_one_sum_before_the_passes(mesh_explicit):
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((512, 128)).astype(np.float32)
+  sharding = jax.sharding.NamedSharding(mesh_explicit, jax.P("x", "y"))
+  x = jax.device_put(x, sharding)
+  found = collectives(lambda x: top_k.kth_magnitude(x, 100), x)
   assert [operation for _, operation in found] == ["all-reduce"] * 2
-  assert found[0][0].startswith("s32[1,4096]")
-  assert found[1][0].startswith("s32[1,2,5]")
+  shapes = sorted(shape for shape, _ in found)
+  assert shapes[0].startswith("s32[1,2,5]")
+  assert shapes[1].startswith("s32[1,4096]")
 
 
 def test_known_auto_mesh_sends_one_small_sum_a_pass(mesh_auto):
@@ -70,7 +80,8 @@ def test_known_auto_mesh_sends_one_small_sum_a_pass(mesh_auto):
   state = selection.search(counting.limbs(100), [x.shape])
 
   def keys_at_least(x, leaf, state):
-    return selection.count_at_least(ordering.magnitude_keys(x), leaf, (state,))
+    keys = [ordering.magnitude_keys(x)]
+    return selection.count_at_least(keys, leaf, selection.stacked([state]))
 
   def count(x):
     return placement.sum_over_shards(keys_at_least, x, leaf, state)

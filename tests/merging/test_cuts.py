@@ -93,7 +93,8 @@ def test_every_word_of_32_bits_is_found(low):
     return jax.lax.while_loop(
       lambda state: ~state.done,
       lambda state: selection.narrow(
-        selection.count_at_least(keys, leaf, (state,))[0], state
+        selection.count_at_least([keys], leaf, selection.stacked([state]))[0],
+        state,
       ),
       jax.tree.map(jnp.asarray, selection.search(k, [keys.shape], **settings)),
     )
@@ -117,7 +118,9 @@ def test_counts_beyond_32_bits():
   state = selection.search(limbs(k), [(1000, many)], early=False)
   assert float(state.over) == 700 * many
   for _ in range(24):
-    (counts,) = np.asarray(selection.count_at_least(keys, leaf, (state,)))
+    (counts,) = np.asarray(
+      selection.count_at_least([keys], leaf, selection.stacked([state]))
+    )
     total = ((counts[0].astype(np.int64) << LIMB) + counts[1]) * many
     assert total.max() < 1 << 42
     # Summed over leaves and shards, limbs are not carried.

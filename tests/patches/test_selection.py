@@ -1,5 +1,7 @@
 """The k-th largest magnitude against a sort, and its counting."""
 
+import functools
+
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -79,6 +81,61 @@ def test_sharded(mesh, spec, request):
   order = np.argsort(-np.abs(x).ravel(), kind="stable")[:50]
   mask = np.asarray(mask_exact(y, k)).ravel()
   assert mask.sum() == 50 and mask[order].all()
+
+
+def samples():
+  """Keys of many kinds, more of them than are looked at one by one."""
+  rng = np.random.default_rng(3)
+  size = 1 << 16
+  normal = rng.standard_normal(size).astype(np.float32)
+  half = normal.astype(ml_dtypes.bfloat16).astype(np.float32)
+  sparse = np.where(rng.random(size) < 0.1, normal, 0).astype(np.float32)
+  # In order: a sample of every so many would be anything but a sample.
+  return {
+    "normal": normal,
+    "ties": half,
+    "differences of ties": half - half[::-1],
+    "sparse": sparse,
+    "sorted": np.sort(normal),
+    "one value": np.full(size, 3, np.float32),
+    "scales": np.exp(normal * 20),
+  }
+
+
+@pytest.mark.parametrize("mesh", [None, "mesh_explicit"])
+def test_few_passes_find_it(mesh, request):
+  widths = [(1 << 16) // 64, 64]
+  sharding = None
+  if mesh is not None:
+    mesh = request.getfixturevalue(mesh)
+    sharding = jax.sharding.NamedSharding(mesh, jax.P("x", "y"))
+  taken = []
+  for kind, x in samples().items():
+    order = np.sort(np.abs(x))[::-1]
+    x = jax.device_put(x.reshape(widths), sharding)
+    leaf = placement.leaf_of(x)
+    for k in (1, 700, 13_107, 1 << 15, 65_000):
+      start = selection.search(counting.limbs(k), [x.shape])
+      state, passes = selection.stacked([start]), 0
+      for kind_of_pass in selection.rounds(exact=False):
+        done = False
+        while not done:
+          state, done = one_pass(x, leaf, state, kind_of_pass)
+          passes += 1
+      found = ordering.magnitude_of(selection.cut_key(state[0]))
+      above = int((order >= float(found)).sum())
+      assert above == k or float(found) == order[k - 1], (kind, k)
+      taken.append(passes)
+  # Twelve would be needed to cut in sixths.
+  assert np.mean(taken) < 6.5 and max(taken) <= 14, taken
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def one_pass(x, leaf, state, kind):
+  def count(x, leaf, state):
+    return kind.count((ordering.magnitude_keys(x),), leaf, state)
+
+  return kind.after(placement.sum_over_shards(count, x, leaf, state), state)
 
 
 def test_masks_over_leaves_break_ties_by_name_then_index():
