@@ -55,19 +55,37 @@ def drop(
 def _drop(leaf, deltas, base, state, shared, *, rng, rescale):
   del base, shared
   densities = transform.per_contributor(state["density"], len(deltas))
-  return tuple(
-    _dropped(d, leaf, i, density, state["key"], rng, rescale)
-    for i, (d, density) in enumerate(zip(deltas, densities, strict=True))
-  )
+  out = []
+  for delta, mask, density in zip(
+    deltas, masked(leaf, deltas, state, rng=rng), densities, strict=True
+  ):
+    # A product: a division by a number is compiled to one in some places
+    # only. Of zero too, so that NaN and Inf stay to be seen where they are.
+    one = jnp.float32(1)
+    factor = one / jnp.asarray(density).astype(one.dtype) if rescale else one
+    factor = jnp.where(mask, factor, jnp.float32(0))
+    out.append(transform.rounded(delta * factor.astype(delta.dtype)))
+  return tuple(out)
 
 
-def _dropped(delta, leaf, number, density, key, rng, rescale):
-  density = shares.selecting(jnp.asarray(density).astype(jnp.float32))
-  drawn = masks.uniform(masks.uniform_bits(key, leaf, number, rng=rng))
-  # A product: a division by a number is compiled to one in some places only.
-  factor = (jnp.float32(1) / density).astype(delta.dtype)
-  kept = transform.rounded(delta * factor) if rescale else delta
-  return jnp.where(drawn < density, kept, jnp.zeros_like(delta))
+def masked(leaf, deltas, state, *, rng) -> tuple[Any, ...]:
+  """Returns the masks of what is kept of a leaf.
+
+  Args:
+    leaf: where the leaf is.
+    deltas: of the contributors.
+    state: numbers of the step.
+    rng: as in `drop`.
+  """
+  densities = transform.per_contributor(state["density"], len(deltas))
+  out = []
+  for i, density in enumerate(densities):
+    bits = masks.uniform_bits(state["key"], leaf, i, rng=rng)
+    density = shares.selecting(jnp.asarray(density).astype(jnp.float32))
+    out.append(masks.below(bits, density))
+  return tuple(out)
 
 
-_DROP = transform.register_step(transform.Step(name="drop", update=_drop))
+_DROP = transform.register_step(
+  transform.Step(name="drop", update=_drop, carries_nonfinite=True)
+)

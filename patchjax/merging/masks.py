@@ -6,9 +6,10 @@ the key, the leaf's name, the contributor and the entry's global index alone.
 
 By default that function is a hash of a counter: two rounds of a multiply and
 xor-shift mixer, which fuses into whatever uses the bits and costs a small
-part of the memory traffic. `rng="threefry"` is JAX's own generator (Salmon et
-al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), also by counter;
-about thirty times as much work on a CPU.
+part of the memory traffic. The first round does not know the contributor, so
+that a program that draws for several makes it once. `rng="threefry"` is JAX's
+own generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3"), also by counter; about thirty times as much work on a CPU.
 """
 
 from __future__ import annotations
@@ -84,15 +85,13 @@ def uniform_bits(
       key = jax.random.fold_in(key, word)
     high, low = _threefry(jax.random.key_data(key), row, column)
     return high ^ low
+  first, second = jnp.uint32(0x9E3779B9), jnp.uint32(0x85EBCA6B)
   words = jax.random.key_data(key).reshape(-1)
-  seeds = [jnp.uint32(0x9E3779B9), jnp.uint32(0x85EBCA6B)]
-  for word in (*words, leaf.identity[0], leaf.identity[1], number):
+  for word in (*words, leaf.identity[0], leaf.identity[1]):
     word = jnp.asarray(word)
-    seeds = [
-      _mixed(seeds[0] ^ word),
-      _mixed(seeds[1] + _mixed(word ^ jnp.uint32(0xC2B2AE35))),
-    ]
-  first, second = seeds
+    first = _mixed(first ^ word)
+    second = _seeded(second, word)
+  second = _seeded(second, number)
   if leaf.size >= placement.ROW_LIMIT:
     first = _mixed(row + first)
   return _mixed(_mixed(column ^ first) + second)
@@ -108,6 +107,19 @@ def uniform(bits: Array) -> Array:
     bits: from `uniform_bits`.
   """
   return (bits >> jnp.uint32(8)).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
+def below(bits: Array, share: Array) -> Array:
+  """Returns `uniform(bits) < share`, with one comparison of integers an entry.
+
+  Args:
+    bits: from `uniform_bits`.
+    share: float32; one number, or of the shape of the bits.
+  """
+  # 24 bits are exact in float32, and so is a share times a power of two.
+  least = jnp.ceil(share * jnp.float32(2.0**24))
+  least = jnp.clip(least, jnp.float32(0), jnp.float32(2.0**24))
+  return (bits >> jnp.uint32(8)) < least.astype(jnp.uint32)
 
 
 def keep_mask(
@@ -150,7 +162,11 @@ def keep_mask(
     single=True,
   )
   bits = uniform_bits(key, leaf, contributor, rng=rng)
-  return uniform(bits) < jnp.asarray(density, jnp.float32)
+  return below(bits, jnp.asarray(density, jnp.float32))
+
+
+def _seeded(seed: Array, word: Array) -> Array:
+  return _mixed(seed + _mixed(word ^ jnp.uint32(0xC2B2AE35)))
 
 
 def _mixed(x: Array) -> Array:

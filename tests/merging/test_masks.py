@@ -95,6 +95,29 @@ def test_bits_are_random(rng):
   assert abs(((bins - count / 256) ** 2 / (count / 256)).sum() - 255) < 100
 
 
+def test_contributors_leaves_and_keys_do_not_know_of_each_other():
+  count = 1 << 14
+  draws = [bits(k, shape=(count,)) for k in range(8)]
+  draws += [bits(3, name, shape=(count,)) for name in ("v", "a/b", "a/c")]
+  draws += [bits(3, contributor=i, shape=(count,)) for i in range(1, 12)]
+  for share in (0.5, 0.05):
+    kept = np.float64([one < np.uint32(share * 2**32) for one in draws])
+    kept = (kept - share) / np.sqrt(share * (1 - share))
+    z = (kept @ kept.T / np.sqrt(count))[np.triu_indices(len(draws), 1)]
+    assert np.abs(z).max() < 4.5 and 0.8 < z.std() < 1.2
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-7, 0.1, 0.3, 1 - 2**-24, 1.0, 2.0])
+def test_below_is_the_comparison_of_floats(share):
+  drawn = jnp.uint32([0, 255, 256, 2**32 - 257, 2**32 - 256, 2**32 - 1])
+  near = jnp.uint32(np.clip(share, 0, 1) * (2**32 - 1)) + jnp.uint32(
+    np.arange(-600, 600, 100).astype(np.uint32)
+  )
+  drawn = jnp.concatenate([drawn, near])
+  wanted = masks.uniform(drawn) < jnp.float32(share)
+  assert (masks.below(drawn, jnp.float32(share)) == wanted).all()
+
+
 def test_masks_keep_what_they_should():
   assert bool(masks.keep_mask(0, "w", SHAPE, 1.0).all())
   assert not bool(masks.keep_mask(0, "w", SHAPE, 0.0).any())

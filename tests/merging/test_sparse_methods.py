@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import patchjax as pj
+from patchjax.merging import masks as drawing
 from patchjax.merging import ranking, ranks
 from patchjax.patches import counting, ordering, placement
-from patchjax.trees.errors import SelectionError
+from patchjax.trees.errors import NonFiniteError, SelectionError
 from tests.merging import battery
 from tests.merging.models import same_bits
 from tests.reference import merging_sparse as reference
@@ -106,10 +107,31 @@ def test_breadcrumbs_over_the_tree_is_the_leaf_of_all():
   check(joined(found), wanted)
 
 
-def masks(base, others, options):
-  if "epsilon" in options:
+def masks(base, others, options, rescale=True):
+  if "epsilon" not in options:
+    return battery.dare_masks(base, others, options)
+  if rescale:
     return battery.della_masks(base, others, options)
-  return battery.dare_masks(base, others, options)
+  return unranked_masks(base, others, options)
+
+
+def unranked_masks(base, others, options, axis=-1):
+  """What DELLA keeps where it does not divide by probabilities."""
+  shares = np.broadcast_to(options["density"], len(others))
+
+  def mask(name, i):
+    x = base[name]
+    leaf = placement.leaf_of(x, identity=placement.identity_of(name))
+    drawn = drawing.uniform(drawing.uniform_bits(5, leaf, i))
+    return reference.della_kept(
+      np.asarray(drawn),
+      others[i][name] - x,
+      shares[i],
+      options["epsilon"],
+      axis=axis,
+    )
+
+  return [{name: mask(name, i) for name in base} for i in range(len(others))]
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -131,7 +153,54 @@ def test_random_methods_of_ragged_leaves(name, numbers, rescale):
         others,
         **numbers,
         rescale=rescale,
-        masks=masks(base, others, numbers),
+        masks=masks(base, others, numbers, rescale),
+      ),
+    )
+
+
+def test_what_is_kept_without_ranks_has_their_probabilities():
+  x = np.float32(np.random.default_rng(0).standard_normal((3, 4, 5)))
+  x[0, :, 0] = 1.5  # of equal ones the first is the least likely
+  base, others = {"w": np.zeros_like(x)}, [{"w": x}]
+  keys = jax.random.split(jax.random.key(0), 4000)
+
+  def frequencies(axis):
+    def kept(key):
+      step = pj.merging.drop_by_rank(
+        density=0.45, epsilon=0.35, key=key, rescale=False, axis=axis
+      )
+      return pj.merge(base, others, step)["w"] != 0
+
+    return np.asarray(jax.vmap(kept)(keys))
+
+  for axis, flavour in ((-1, "paper"), (1, "mergekit")):
+    drawn = frequencies(axis).reshape(len(keys), -1)
+    p = reference.della_probabilities(x, 0.45, 0.35, flavour=flavour).ravel()
+    z = (drawn.mean(0) - p) / np.sqrt(p * (1 - p) / len(keys))
+    assert np.abs(z).max() < 4.5 and 0.7 < z.std() < 1.3
+    # And no entry knows of another.
+    joint = (drawn - p) / np.sqrt(p * (1 - p))
+    apart = (joint.T @ joint / np.sqrt(len(keys)))[np.triu_indices(60, 1)]
+    assert np.abs(apart).max() < 5 and 0.9 < apart.std() < 1.1
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_mergekit_della_of_ragged_leaves(rescale):
+  numbers = {"density": [0.7, 0.4], "epsilon": 0.25}
+  for ties in (True, False):
+    base, others = given(ties=ties)
+    method = pj.merging.della(
+      **numbers, rescale=rescale, key=5, flavour="mergekit"
+    )
+    check(
+      pj.merge(base, others, method),
+      reference.della(
+        base,
+        others,
+        **numbers,
+        rescale=rescale,
+        masks=unranked_masks(base, others, numbers, axis=1),
+        flavour="mergekit",
       ),
     )
 
@@ -189,6 +258,9 @@ def test_dare_is_unbiased():
 METHODS = {
   "dare_ties": pj.merging.dare_ties(density=0.7, trim=0.5, key=1),
   "della": pj.merging.della(density=0.5, epsilon=0.3, key=1),
+  "della/unranked": pj.merging.della(
+    density=0.5, epsilon=0.3, key=1, rescale=False
+  ),
   "breadcrumbs": pj.merging.breadcrumbs(density=0.5, gamma=0.2),
 }
 
@@ -224,6 +296,26 @@ def test_rows_on_devices_are_handed_round_not_copied(mesh_explicit):
   np.testing.assert_array_equal(ranked(on_mesh), wanted)
 
 
+def test_others_on_devices_are_handed_round_too(mesh_explicit):
+  x = np.float32(np.random.default_rng(0).integers(-9, 9, (6, 16)))
+  others = np.random.default_rng(1).integers(0, 16, x.shape)
+  own = np.arange(16)
+  at = np.minimum(others + (others >= own), 15)
+  there = np.take_along_axis(np.abs(x), np.where(others == 15, own, at), 1)
+  wanted = np.abs(x) + (np.where(others == 15, own, at) < own) / 2 > there
+  sharding = jax.sharding.NamedSharding(mesh_explicit, P("y", "x"))
+
+  @jax.jit
+  def larger(x, others):
+    return ranking.outranks(x, others, placement.leaf_of(x))
+
+  args = x, jnp.uint32(others)
+  np.testing.assert_array_equal(larger(*args), wanted)
+  on_mesh = [jax.device_put(y, sharding) for y in args]
+  assert "all-gather" not in larger.lower(*on_mesh).compile().as_text()
+  np.testing.assert_array_equal(larger(*on_mesh), wanted)
+
+
 @pytest.mark.parametrize("shape", [(3, 5000), (70, 64), (4096, 1)])
 def test_ranks_by_numpy_are_those_of_xla(shape):
   rng = np.random.default_rng(0)
@@ -252,6 +344,30 @@ def test_leaf_of_more_entries_than_are_worth_a_callback():
   assert same_bits(eager, jax.jit(pj.merge)(base, others, method))
   drawn = battery.della_masks(base, others, {"density": 0.5})
   check(eager, reference.della_linear(base, others, masks=drawn))
+
+
+def test_numbers_that_a_jit_knows_make_the_same_mask():
+  rng = np.random.default_rng(0)
+  base = {"w": np.zeros((8, 64), np.float32)}
+  others = [{"w": np.float32(rng.standard_normal((8, 64)))} for _ in range(2)]
+  method = pj.merging.della_linear(key=5, rescale=False)
+  eager = pj.merge(base, others, method)
+  inside = jax.jit(lambda base, others: pj.merge(base, others, method))
+  assert same_bits(eager, inside(base, others))
+
+
+@pytest.mark.parametrize("flavour", ["paper", "mergekit"])
+def test_what_is_not_finite_is_seen_though_it_may_be_dropped(flavour):
+  base = {"w": np.zeros((4, 64), np.float32)}
+  for value in (np.nan, np.inf):
+    x = np.ones((4, 64), np.float32)
+    for at in range(3):
+      x[1, at] = value
+      for make in (pj.merging.dare_linear, pj.merging.della_linear):
+        with pytest.raises(
+          NonFiniteError, match=f"w: {at + 1} entries of the c"
+        ):
+          pj.merge(base, [{"w": x}], make(key=at, flavour=flavour))
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,30 @@ def della_probabilities(delta, density, epsilon, *, flavour="paper"):
   return (density - epsilon + 2 * epsilon * share).reshape(np.shape(delta))
 
 
+def della_kept(drawn, delta, density, epsilon, *, axis=-1):
+  """A mask with MagPrune's probabilities, of a uniform number an entry.
+
+  Below density - epsilon it is kept. Between that and density + epsilon the
+  place of the number in between says with which of the other entries of the
+  row it is compared: the smaller one goes, of equal ones the first.
+  """
+  axis = axis if np.ndim(delta) > 1 else -1
+  x, u = (np.moveaxis(np.atleast_1d(y), axis, -1) for y in (delta, drawn))
+  x = np.abs(x)
+  n = x.shape[-1]
+  density, epsilon = np.float32(density), np.float32(epsilon if n > 1 else 0)
+  low, high = density - epsilon, density + epsilon
+  column = np.arange(n)
+  width = high - low if high > low else np.float32(1)
+  other = ((u - low) * (np.float32(n - 1) / width)).clip(0, max(n - 2, 0))
+  other = other.astype(np.int64)
+  other = np.minimum(other + (other >= column), n - 1)
+  found = np.take_along_axis(x, other, -1)
+  larger = (x > found) | ((x == found) & (other < column))
+  mask = (u < low) | ((u < high) & larger)
+  return np.moveaxis(mask, -1, axis).reshape(np.shape(delta))
+
+
 def della(
   base,
   models,
