@@ -35,7 +35,7 @@ _OPERATION = re.compile(
   r"collective-permute|collective-broadcast)(?:-start)?\("
 )
 _TYPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
-_SMALL = 4096  # bytes that a collective may send: counts, not parameters
+_SMALL = 1 << 16  # bytes of a collective: counts and histograms, no parameters
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,7 +49,7 @@ Array = Any
 _WORDS = 5
 """Thresholds of a pass: they share one read of the data."""
 
-_BUCKETS = 12
+_BUCKETS = 10
 """Bits of a key that the histogram of a sample tells apart."""
 
 _K, _FOUND, _PHASE, _SPAN, _OVER, _UNDER, _AT, _EVEN = 0, 2, 6, 7, 8, 9, 10, 15
@@ -285,7 +285,7 @@ def sketch(
     each: how many of them are in each array.
 
   Returns:
-    `int32[len(states), 4096]`, of this leaf or shard alone; zeros if its
+    `int32[len(states), 1024]`, of this leaf or shard alone; zeros if its
     arrays may lie on several devices, where taking some apart is dear. Of no
     buckets for few keys, of which all are soon counted.
   """
@@ -366,9 +366,9 @@ def _sum_min_max(a, b):
 
 
 def _suffix_sums(x: Array) -> Array:
-  """Returns `cumsum(reverse=True)` of 4096 integers, as float32.
+  """Returns `cumsum(reverse=True)` of 1024 integers, as float32.
 
-  In two steps of 64, each a product with a triangle: a scan is compiled to
+  In two steps of 32, each a product with a triangle: a scan is compiled to
   several loops. A sample is small enough for float32.
   """
   side = 1 << (_BUCKETS // 2)

@@ -44,7 +44,7 @@ def numbers(shape):
   )
 
 
-HISTOGRAM = re.compile(r"s32\[\d+,4096\]")
+HISTOGRAM = re.compile(r"s32\[\d+,1024\]")
 
 
 def passes(shape):
@@ -70,7 +70,7 @@ def test_a_sample_is_one_sum_before_the_passes(mesh_explicit):
   assert [operation for _, operation in found] == ["all-reduce"] * 2
   shapes = sorted(shape for shape, _ in found)
   assert shapes[0].startswith("s32[1,2,5]")
-  assert shapes[1].startswith("s32[1,4096]")
+  assert shapes[1].startswith("s32[1,1024]")
 
 
 def test_known_auto_mesh_sends_one_small_sum_a_pass(mesh_auto):
