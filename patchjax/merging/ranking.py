@@ -47,7 +47,7 @@ def outranks(
     >>> values = jnp.float32([[5, -2, -5, 1]])
     >>> others = jnp.uint32([[0, 0, 0, ALWAYS]])
     >>> outranks(values, others, placement.leaf_of(values)).tolist()
-    [[False, False, True, True]]
+    [[True, False, True, True]]
   """
   if not leaf.shape or not leaf.size:
     return others >= jnp.uint32(ALWAYS)
@@ -55,7 +55,8 @@ def outranks(
   values = lax.stop_gradient(values).astype(jnp.float32)
 
   def shard(held, leaf):
-    return _shard_outranks(*held, leaf, axis % len(leaf.shape))
+    values, others = held
+    return _shard_outranks(values, others, leaf, axis % len(leaf.shape))
 
   return placement.on_shards(shard, (values, others), leaf)
 

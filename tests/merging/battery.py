@@ -37,7 +37,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from patchjax.merging import keep_mask
+from patchjax.merging import keep_mask, masks
+from patchjax.patches import placement
 from tests.reference import merging_sparse
 
 P = jax.sharding.PartitionSpec
@@ -103,14 +104,28 @@ def dare_masks(base, models, options, *, rng="hash"):
 def della_masks(base, models, options):
   """What DELLA keeps of each leaf with the key that all rows use."""
   epsilons = np.broadcast_to(options.get("epsilon", 0.15), len(models))
+  mergekit = options.get("flavour") == "mergekit"
+  if not mergekit and options.get("rescale", True):
 
-  def likely(share, delta, i):
-    flavour = options.get("flavour", "paper")
-    return merging_sparse.della_probabilities(
-      delta, share, epsilons[i], flavour=flavour
+    def likely(share, delta, i):
+      return merging_sparse.della_probabilities(delta, share, epsilons[i])
+
+    return _drawn(base, models, options, likely, "hash")
+
+  shares = np.broadcast_to(options.get("density", 0.5), len(models))
+
+  def mask(name, i):
+    x = base[name]
+    leaf = placement.leaf_of(x, identity=placement.identity_of(name))
+    return merging_sparse.della_kept(
+      np.asarray(masks.uniform(masks.uniform_bits(5, leaf, i))),
+      models[i][name] - x,
+      shares[i],
+      epsilons[i],
+      axis=1 if mergekit else -1,
     )
 
-  return _drawn(base, models, options, likely, "hash")
+  return [{name: mask(name, i) for name in base} for i in range(len(models))]
 
 
 def _drawn(base, models, options, likely, rng):

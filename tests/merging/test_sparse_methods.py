@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.merging import masks as drawing
 from patchjax.merging import ranking, ranks
 from patchjax.patches import counting, ordering, placement
 from patchjax.trees.errors import NonFiniteError, SelectionError
@@ -107,31 +106,10 @@ def test_breadcrumbs_over_the_tree_is_the_leaf_of_all():
   check(joined(found), wanted)
 
 
-def masks(base, others, options, rescale=True):
-  if "epsilon" not in options:
-    return battery.dare_masks(base, others, options)
-  if rescale:
+def masks(base, others, options):
+  if "epsilon" in options:
     return battery.della_masks(base, others, options)
-  return unranked_masks(base, others, options)
-
-
-def unranked_masks(base, others, options, axis=-1):
-  """What DELLA keeps where it does not divide by probabilities."""
-  shares = np.broadcast_to(options["density"], len(others))
-
-  def mask(name, i):
-    x = base[name]
-    leaf = placement.leaf_of(x, identity=placement.identity_of(name))
-    drawn = drawing.uniform(drawing.uniform_bits(5, leaf, i))
-    return reference.della_kept(
-      np.asarray(drawn),
-      others[i][name] - x,
-      shares[i],
-      options["epsilon"],
-      axis=axis,
-    )
-
-  return [{name: mask(name, i) for name in base} for i in range(len(others))]
+  return battery.dare_masks(base, others, options)
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -153,7 +131,7 @@ def test_random_methods_of_ragged_leaves(name, numbers, rescale):
         others,
         **numbers,
         rescale=rescale,
-        masks=masks(base, others, numbers, rescale),
+        masks=masks(base, others, {**numbers, "rescale": rescale}),
       ),
     )
 
@@ -186,22 +164,14 @@ def test_what_is_kept_without_ranks_has_their_probabilities():
 
 @pytest.mark.parametrize("rescale", [True, False])
 def test_mergekit_della_of_ragged_leaves(rescale):
-  numbers = {"density": [0.7, 0.4], "epsilon": 0.25}
+  numbers = {"density": [0.7, 0.4], "epsilon": 0.25, "flavour": "mergekit"}
   for ties in (True, False):
     base, others = given(ties=ties)
-    method = pj.merging.della(
-      **numbers, rescale=rescale, key=5, flavour="mergekit"
-    )
+    method = pj.merging.della(**numbers, rescale=rescale, key=5)
+    drawn = masks(base, others, numbers)
     check(
       pj.merge(base, others, method),
-      reference.della(
-        base,
-        others,
-        **numbers,
-        rescale=rescale,
-        masks=unranked_masks(base, others, numbers, axis=1),
-        flavour="mergekit",
-      ),
+      reference.della(base, others, **numbers, rescale=rescale, masks=drawn),
     )
 
 
