@@ -42,46 +42,52 @@ def counts(masks: Sequence[Array], *, local: bool) -> Array:
   return jnp.concatenate(parts, axis=1)
 
 
-def totals(terms: Sequence[Array], *, local: bool) -> Array:
+def totals(
+  terms: Sequence[Array], *, local: bool, together: int = _TERMS
+) -> Array:
   """Returns the sum of each term, `[len(terms)]` of their dtype.
 
   Args:
     terms: floating point arrays of one shape.
     local: whether they lie on one device, and so reshape freely.
+    together: how many share one read of what they are computed from: fewer,
+      where they are dear to compute. Of more than two that draw random bits
+      or the like, the compiler on a CPU computes all in full first, for six
+      times as long.
   """
   if not local:
     return jnp.stack([_by_axes(term) for term in terms])
-  found = []
-  for i in range(0, len(terms), _TERMS):
-    found += _blocked(tuple(terms[i : i + _TERMS]))
-  return jnp.stack(found)
-
-
-def _blocked(terms: tuple[Array, ...]) -> tuple[Array, ...]:
   size = math.prod(terms[0].shape)
-  terms = tuple(term.reshape(-1) for term in terms)
+  if not size:
+    return jnp.zeros((len(terms),), terms[0].dtype)
+  held = tuple(term.reshape(-1) for term in terms)
+  while size > 1:
+    held = tuple(
+      part
+      for i in range(0, len(held), together)
+      for part in _blocks(held[i : i + together], size)
+    )
+    size = held[0].size
+    together = _TERMS
+  return jnp.stack([x.reshape(()) for x in held])
+
+
+def _blocks(terms: tuple[Array, ...], size: int) -> tuple[Array, ...]:
+  """Returns the sums of blocks of each term."""
+  rows = min(_BLOCK, size)
+  columns = -(-size // rows)
   # One operand alone would take a slower path of XLA's CPU compiler.
   held = terms if len(terms) > 1 else (*terms, *terms)
-  while size > 1:
-    rows = min(_BLOCK, size)
-    columns = -(-size // rows)
-    pad = rows * columns - size
-    if pad:
-      held = tuple(jnp.pad(x, (0, pad)) for x in held)
-    held = tuple(x.reshape(rows, columns) for x in held)
-    zero = jnp.zeros((), held[0].dtype)
+  if pad := rows * columns - size:
+    held = tuple(jnp.pad(x, (0, pad)) for x in held)
+  found = lax.reduce(
     # Along the major axis: neighbours are added side by side, in vectors.
-    held = lax.reduce(
-      held,
-      (zero,) * len(held),
-      lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)),
-      (0,),
-    )
-    held = lax.optimization_barrier(tuple(held))
-    size = columns
-  if not size:
-    return tuple(jnp.zeros((), term.dtype) for term in terms)
-  return tuple(x.reshape(()) for x in held[: len(terms)])
+    tuple(x.reshape(rows, columns) for x in held),
+    (jnp.zeros((), held[0].dtype),) * len(held),
+    lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)),
+    (0,),
+  )
+  return tuple(lax.optimization_barrier(tuple(found)))[: len(terms)]
 
 
 def _by_axes(term: Array) -> Array:
