@@ -11,7 +11,13 @@ import jax
 import numpy as np
 
 from patchjax.merging import inputs
-from patchjax.merging.streaming import cutting, journal, layout, showing
+from patchjax.merging.streaming import (
+  cutting,
+  journal,
+  layout,
+  majority,
+  showing,
+)
 from patchjax.merging.streaming.reading import Reader
 from patchjax.patches import engine
 from patchjax.patches.transform import Transform
@@ -55,7 +61,8 @@ def merge_files(
   of one leaf: at most k + 3 times the largest, beside what the process needs
   anyway (a patch counts as float32, and stays mapped). The models are read
   once, and before that for what is counted over the whole tree: a cut by rank
-  (`trim`) takes two reads, a sum one. `ties` has both (one for its majority).
+  (`trim`) takes two reads, a sum one. The majority sign of `ties` is found in
+  the two of its trim, unless very many entries tie about there.
 
   A merge that was killed goes on where it was: cuts found and files written
   stay in a hidden folder beside the result, and are used if inputs, method,
@@ -180,10 +187,16 @@ class _Group:
       by_rank = cutting.applies(plan, index)
       bar.say("finding cuts" if by_rank else "counting")
       bar.plan((2 if by_rank else 1) * self.bytes_of(self.names))
-      if by_rank:
-        carry = cutting.cut(plan, index, items, start, passes)
-      else:
+      if not by_rank:
         carry = passes(start)
+      elif majority.applies(plan, index):
+        votes = majority.Votes(plan, index, self._reader.contributors)
+        carry = cutting.cut(plan, index, items, start, passes, votes)
+        if (more := votes.difference(carry)) is not None:
+          # What the next stage will ask for.
+          record.found(f"{self._key}:{index + 1}", np.asarray(more > 0))
+      else:
+        carry = cutting.cut(plan, index, items, start, passes)
       record.found(key, jax.device_get(carry))
       return carry
 

@@ -66,6 +66,17 @@ def _as(number, like):
   return jnp.asarray(number).astype(like.dtype)
 
 
+def balance(deltas: Any, state: Any, *, method: str) -> Any:
+  """Returns the sums whose signs are elected.
+
+  Args:
+    deltas: of the contributors, one array each.
+    state: of the step `elect_sign`.
+    method: see `elect_sign`.
+  """
+  return _balance(_by_weight(deltas, state), method)
+
+
 def _balance(deltas, method):
   votes = deltas if method == "total" else tuple(map(jnp.sign, deltas))
   return functools.reduce(jnp.add, votes)
@@ -78,8 +89,8 @@ def _elect_start(state, shapes, k, *, method, zero):
 
 def _elect_reduce(leaf, deltas, state, carry, *, method, zero):
   del carry, zero
-  balance = _balance(_by_weight(deltas, state), method)
-  masks = (balance > _as(0, balance), balance < _as(0, balance))
+  sums = balance(deltas, state, method=method)
+  masks = (sums > _as(0, sums), sums < _as(0, sums))
   return counting.count_true(masks, local=leaf.local)
 
 
@@ -94,10 +105,10 @@ def _elect_finish(total, carry, *, method, zero):
 def _elect(leaf, deltas, base, state, shared, *, method, zero):
   del leaf, base
   deltas = _by_weight(deltas, state)
-  balance = _balance(deltas, method)
-  nought = _as(0, balance)
+  sums = _balance(deltas, method)
+  nought = _as(0, sums)
   tied = jnp.asarray(True) if zero == "positive" else shared
-  up = (balance > nought) | ((balance == nought) & tied)
+  up = (sums > nought) | ((sums == nought) & tied)
   return tuple(
     jnp.where(jnp.where(up, d > nought, d < nought), d, jnp.zeros_like(d))
     for d in deltas

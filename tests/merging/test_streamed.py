@@ -136,7 +136,12 @@ def test_methods(folder, method):
   assert same_bits(read(folder / "out.safetensors"), wanted)
 
 
-def test_two_reads_find_the_cuts_of_a_tree(folder, monkeypatch):
+@pytest.mark.parametrize(
+  "method",
+  [pj.chain(pj.trim(density=0.3), pj.merging.mean()), TIES],
+  ids=["trim", "ties"],
+)
+def test_two_reads_find_the_cuts_of_a_tree(folder, monkeypatch, method):
   base, *others = [normal(model(i)) for i in range(3)]
   start, given = stored(folder, base, others)
 
@@ -144,8 +149,7 @@ def test_two_reads_find_the_cuts_of_a_tree(folder, monkeypatch):
     raise AssertionError("another pass")
 
   monkeypatch.setattr(engine._Eager, "passes", passes)
-  trimmed = pj.chain(pj.trim(density=0.3), pj.merging.mean())
-  done = merge_files(start, given, trimmed, folder / "out.safetensors")
+  done = merge_files(start, given, method, folder / "out.safetensors")
   floats = sum(x.nbytes for x in jax.tree.leaves(base)) - 4
   # Of what has no mean, the base's and twice the contributors'.
   assert done.read == 3 * 3 * floats + done.read % floats

@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from patchjax.merging.streaming import majority
 from patchjax.patches import engine, leafwise, selection
 from patchjax.patches.counting import LIMB
 
 _BUCKETS = 1 << 16
 _NONE = np.uint16(_BUCKETS - 1)
+_EVERY = _BUCKETS  # no bucket's number
 _CHUNK = 1 << 18  # keys whose indices fit in a cache
 _TOGETHER = 128 << 20  # bytes of keys of several contributors at a time
 
@@ -41,6 +43,7 @@ def cut(
   items: Callable[[], Any],
   start: selection.Search,
   passes: Callable[[Any], Any],
+  votes: majority.Votes | None = None,
 ) -> Any:
   """Returns the finished searches of a stage, for `engine.count`.
 
@@ -50,22 +53,38 @@ def cut(
     items: goes over the leaves once.
     start: the searches at their beginning.
     passes: goes on by counting, where ties are to be broken.
+    votes: is shown the leaves in the second read.
   """
   searches = list(start)
   count = len(searches)
   ranks = [(int(s.k[0]) << LIMB) + int(s.k[1]) for s in searches]
   upper = np.zeros((count, _BUCKETS), np.int64)
+  every = np.full(count, _EVERY, np.uint32)
   for item in items():
-    for j, halves in _halves(plan, index, count, item, None):
-      upper[j] += _histogram(halves, every=True)
+    for j, halves in _halves(plan, index, count, item, every):
+      upper[j] += _histogram(halves)
   # How many keys are in or above each bucket.
   above = np.cumsum(upper[:, ::-1], axis=1)[:, ::-1]
   buckets = [_last(row, k) for row, k in zip(above, ranks, strict=True)]
   lower = np.zeros((count, _BUCKETS), np.int64)
   wanted = np.array(buckets, np.uint32)
+  ends = [
+    selection.stacked(
+      [
+        selection.resumed(search, (bucket << 16) + low, k, k)
+        for search, bucket, k in zip(searches, buckets, ranks, strict=True)
+      ]
+    )
+    for low in (0, _BUCKETS - 1)
+  ]
   for item in items():
+    inside = np.zeros(item.leaf.size if votes else 0, bool)
     for j, halves in _halves(plan, index, count, item, wanted):
-      lower[j] += _histogram(halves, every=False)
+      # Zeros are nothing to decide about, and may be most of a model.
+      nought = 0 if buckets[j] else 1
+      lower[j] += _inside(halves, inside, nought)
+    if votes is not None:
+      votes.see(item, inside, *ends)
   found = []
   for j, (search, k) in enumerate(zip(searches, ranks, strict=True)):
     bucket = buckets[j]
@@ -86,20 +105,41 @@ def _last(counts: np.ndarray, k: int) -> int:
   return max(int(np.count_nonzero(counts >= k)) - 1, 0)
 
 
-def _histogram(halves: np.ndarray, *, every: bool) -> np.ndarray:
-  """Returns how often each half occurs, or each but `_NONE`."""
+def _histogram(halves: np.ndarray) -> np.ndarray:
+  """Returns how often each half occurs."""
+  total = np.zeros(_BUCKETS, np.int64)
+  for i in range(0, halves.size, _CHUNK):
+    total += np.bincount(halves[i : i + _CHUNK], minlength=_BUCKETS)
+  return total
+
+
+def _inside(halves: np.ndarray, inside: np.ndarray, least: int) -> np.ndarray:
+  """Returns how often each half occurs that is not `_NONE`.
+
+  Args:
+    halves: of the keys of a leaf.
+    inside: is made true where there is one that is at least `least`; or empty.
+    least: see above.
+  """
   total = np.zeros(_BUCKETS, np.int64)
   for i in range(0, halves.size, _CHUNK):
     chunk = halves[i : i + _CHUNK]
     # Most keys are in other buckets: faster found than counted.
-    chunk = chunk if every else chunk[chunk != _NONE]
+    here = chunk != _NONE
+    if inside.size:
+      inside[i : i + _CHUNK] |= here & (chunk >= least)
+    chunk = chunk[here]
     if chunk.size:
       total += np.bincount(chunk, minlength=_BUCKETS)
   return total
 
 
 def _halves(
-  plan: leafwise.Plan, index: int, count: int, item: engine.Item, buckets: Any
+  plan: leafwise.Plan,
+  index: int,
+  count: int,
+  item: engine.Item,
+  buckets: np.ndarray,
 ) -> Iterator[tuple[int, np.ndarray]]:
   """Yields `(j, halves)`: uint16 of each array of keys of a leaf.
 
@@ -108,8 +148,8 @@ def _halves(
     index: of the stage.
     count: how many arrays of keys there are.
     item: the leaf.
-    buckets: None for the upper halves of the keys; else for each array a
-      bucket: the lower halves of the keys in it, `_NONE` for all others.
+    buckets: `_EVERY` for the upper halves of an array's keys; else a bucket:
+      the lower halves of the keys in it, `_NONE` for all others.
   """
   work = item.work
   given = (item.leaf, work.base, work.sources, item.state, item.carries)
@@ -133,11 +173,11 @@ def _halves_jit(
     for j in which:
       key = keys[j].astype(jnp.uint32)
       upper = key >> jnp.uint32(16)
-      if buckets is None:
-        out.append(upper.astype(jnp.uint16))
-      else:
-        lower = key.astype(jnp.uint16)
-        out.append(jnp.where(upper == buckets[j], lower, jnp.uint16(_NONE)))
+      # One program for both: it takes longer to compile than to run.
+      first = buckets[j] == jnp.uint32(_EVERY)
+      half = jnp.where(first, upper, key).astype(jnp.uint16)
+      seen = first | (upper == buckets[j])
+      out.append(jnp.where(seen, half, jnp.uint16(_NONE)))
     return tuple(out)
 
   return halves
