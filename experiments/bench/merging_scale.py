@@ -6,8 +6,9 @@ written, with random numbers; holes are read as zeros), merges them by TIES
 with one threshold over the tree in a process of its own, kills it with
 SIGKILL when two fifths of the result are written, and starts it again. Prints
 what each process read and wrote, its peak memory, and the bound
-(k + 3) * largest leaf + 1 GiB. Everything is written below --folder, and
-removed.
+(k + 3) * largest leaf + 1 GiB. The result is held against what NumPy makes of
+the same numbers, bit for bit (`merging_scale_check`). Everything is written
+below --folder, and removed.
 """
 
 from __future__ import annotations
@@ -23,13 +24,10 @@ import sys
 import tempfile
 import time
 
-import numpy as np
-
+from experiments.bench import merging_scale_check
+from experiments.bench.merging_scale_check import COLUMNS, CONTRIBUTORS, parts
 from patchjax.patches import storage
 
-CONTRIBUTORS = 4
-COLUMNS = 4096
-WRITTEN = 16  # one row of so many
 DENSITY = 0.05
 
 _CHILD = """
@@ -43,7 +41,7 @@ done = pj.merging.merge_files(
   models[1:],
   pj.merging.ties(density={density}),
   out,
-  shard_bytes=1 << 30,
+  shard_bytes={shard},
   progress=True,
 )
 status = pathlib.Path("/proc/self/status").read_text()
@@ -85,15 +83,12 @@ def write_sparse(
       "data_offsets": [begin, end],
     }
   head = storage.header_bytes(header)
-  rng = np.random.default_rng(seed)
   with open(path, "wb") as file:
     file.write(head)
-    for name, (rows, columns) in leaves.items():
-      some = rng.standard_normal((rows // WRITTEN, columns), np.float32)
-      # The upper half of a float32: the bfloat16 towards zero.
-      upper = some.view(np.uint16).reshape(-1, 2)[:, 1]
-      file.seek(len(head) + header[name]["data_offsets"][0])
-      file.write(np.ascontiguousarray(upper).data)
+    for name, row, some in parts(leaves, seed):
+      begin, _ = header[name]["data_offsets"]
+      file.seek(len(head) + begin + 2 * row * COLUMNS)
+      file.write(some.data)
     file.truncate(len(head) + end)
 
 
@@ -126,7 +121,9 @@ def merge(
   Returns:
     its peak memory, and what it printed; None if it was killed.
   """
-  code = _CHILD.format(density=DENSITY)
+  # Several shards, so that the killed merge has finished some.
+  shard = min(1 << 30, models[0].stat().st_size // 4)
+  code = _CHILD.format(density=DENSITY, shard=shard)
   process = subprocess.Popen(
     [sys.executable, "-c", code, *map(str, models), str(out)],
     stdout=subprocess.PIPE,
@@ -189,7 +186,10 @@ def main() -> None:
     )
     shards = sorted(path.name for path in out.iterdir())
     print(f"result: {len(shards) - 1} shards and {shards[-1]}")
-    if peak > bound:
+    start = time.time()
+    checked = merging_scale_check.check(leaves, DENSITY, out)
+    print(f"{checked}; {time.time() - start:.0f} s")
+    if peak > bound or not checked.right:
       sys.exit(1)
   finally:
     shutil.rmtree(folder)

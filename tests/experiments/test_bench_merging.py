@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 
 import patchjax as pj
-from experiments.bench import merging_core, merging_gpu, workload
+from experiments.bench import (
+  merging_core,
+  merging_gpu,
+  merging_scale,
+  merging_scale_check,
+  workload,
+)
 from experiments.bench.history_tables import targets_table
 from experiments.bench.merging_files import METHODS, recipe, shapes
 from experiments.bench.merging_methods import BY_NAME, MAIN
+from patchjax.merging.files import merge_files
 from patchjax.merging.methods import BY_NAME as OURS
 
 
@@ -84,3 +91,27 @@ def test_an_accelerator_is_measured_beside_its_copy(monkeypatch):
   table = merging_gpu.measure(1e3, 1)
   assert [row[0] for row in table.rows] == ["copy", "linear"]
   assert table.rows[0][-1] == "1.00"
+
+
+def test_a_large_result_is_checked_bit_for_bit(tmp_path, monkeypatch):
+  monkeypatch.setattr(merging_scale_check, "COLUMNS", 256)
+  monkeypatch.setattr(merging_scale, "COLUMNS", 256)
+  monkeypatch.setattr(merging_scale_check, "_ROWS", 8)
+  leaves = {"a": (256, 256), "b": (256, 256)}
+  paths = [tmp_path / f"{i}.safetensors" for i in range(5)]
+  for i, path in enumerate(paths):
+    merging_scale.write_sparse(path, leaves, i)
+  out, density = tmp_path / "out", merging_scale.DENSITY
+  ties = pj.merging.ties(density=density)
+  merge_files(paths[0], paths[1:], ties, out, shard_bytes=100_000)
+  checked = merging_scale_check.check(leaves, density, out)
+  assert checked.right and checked.entries == 256 * 512
+  assert 0 < checked.tied < checked.merged < checked.entries / 16
+  # It sees one entry in a hole, and a cut that is off by one entry.
+  with open(next(out.glob("*2.safetensors")), "r+b") as file:
+    file.seek(-2, 2)
+    file.write(b"\0\1")
+  assert merging_scale_check.check(leaves, density, out).wrong == 1
+  less = pj.merging.ties(density=density - 1 / checked.entries)
+  merge_files(paths[0], paths[1:], less, out, shard_bytes=100_000)
+  assert 0 < merging_scale_check.check(leaves, density, out).wrong < 20
