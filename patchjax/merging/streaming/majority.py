@@ -90,9 +90,11 @@ class Votes:
       least: searches as if they ended at the first key of the bucket.
       most: and at its last.
     """
+    leaf, state, work = item.leaf, item.state, item.work
+    if leaf.size >= 1 << 31:
+      self._room = -1  # more than an index can tell apart
     if self._room < 0:
       return
-    leaf, state, work = item.leaf, item.state, item.work
     given = (leaf, work.base, work.sources, state, item.carries)
     counts = _sure_jit(self._plan, self._index)(*given, most)
     self._sum += _difference(counts)
