@@ -160,11 +160,13 @@ def _others(bits, odds):
   low, high = density - epsilon, density + epsilon
   some = high > low
   width = jnp.where(some, high - low, jnp.float32(1))
-  # What is drawn between the two says which of the others it is.
+  # What is drawn between the two says which of the others it is. By way of
+  # signed integers: a CPU converts no others in vectors.
   other = (masks.uniform(bits) - low) * (jnp.float32(last) / width)
-  other = jnp.maximum(other, jnp.float32(0)).astype(jnp.uint32)
-  other = jnp.minimum(other, jnp.uint32(max(last - 1, 0)))
-  other = jnp.where(masks.below(bits, high), other, jnp.uint32(last))
+  other = jnp.maximum(other.astype(jnp.int32), jnp.int32(0))
+  other = jnp.minimum(other, jnp.int32(max(last - 1, 0)))
+  other = jnp.where(masks.below(bits, high), other, jnp.int32(last))
+  other = other.astype(jnp.uint32)
   return jnp.where(masks.below(bits, low), jnp.uint32(ranking.ALWAYS), other)
 
 

@@ -106,7 +106,9 @@ def uniform(bits: Array) -> Array:
   Args:
     bits: from `uniform_bits`.
   """
-  return (bits >> jnp.uint32(8)).astype(jnp.float32) * jnp.float32(2.0**-24)
+  # By way of signed integers: a CPU converts no others in vectors.
+  whole = (bits >> jnp.uint32(8)).astype(jnp.int32)
+  return whole.astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
 def below(bits: Array, share: Array) -> Array:
