@@ -406,6 +406,10 @@ def test_one_number_a_leaf():
       "one step that counts",
     ),
     (lambda: pj.merging.keep_l1(pj.trim(density=0.5)), "single leaves"),
+    (
+      lambda: pj.merging.keep_l1(pj.merging.keep_varied(density=0.5)),
+      "counts task vectors",
+    ),
   ],
 )
 def test_bad_options(make, match):
