@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from patchjax.patches import counting
@@ -18,20 +20,21 @@ Array = Any
 
 def plus(a: Array, b: Array) -> Array:
   """Returns the sum of two counts."""
-  return counting.carried(jnp.asarray(a) + jnp.asarray(b))
+  return counting.carried(a + b)
 
 
 def minus(a: Array, b: Array) -> Array:
   """Returns `max(a - b, 0)`."""
-  difference = counting.carried(jnp.asarray(a) - jnp.asarray(b))
-  negative = difference[0] < jnp.int32(0)
-  return jnp.where(negative, jnp.zeros_like(difference), difference)
+  difference = counting.carried(a - b)
+  where = jnp.where if isinstance(difference, jax.Array) else np.where
+  return where(difference[0] < np.int32(0), np.int32(0), difference)
 
 
 def at_most(a: Array, b: Array) -> Array:
   """Returns the smaller of two counts."""
-  a, b = jnp.asarray(a), jnp.asarray(b)
-  return jnp.where(counting.at_least(a, b), b, a)
+  larger = counting.at_least(a, b)
+  where = jnp.where if isinstance(larger, jax.Array) else np.where
+  return where(larger, b, a)
 
 
 def part(share: Any, count: Array) -> Array:

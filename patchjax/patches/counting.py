@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -29,11 +30,11 @@ def limbs(count: int) -> np.ndarray:
 def carried(count: Array) -> Array:
   """Returns limbs `int32[2, ...]` with the low one brought under `2**12`."""
   high, low = count[0], count[1]
-  return jnp.stack(
-    [
-      high + (low >> jnp.int32(LIMB)),
-      low & jnp.int32((1 << LIMB) - 1),
-    ]
+  # On the host where it is there: outside jit each small operation takes
+  # longer than a pass over a small leaf.
+  stack = jnp.stack if isinstance(count, jax.Array) else np.stack
+  return stack(
+    [high + (low >> np.int32(LIMB)), low & np.int32((1 << LIMB) - 1)]
   )
 
 

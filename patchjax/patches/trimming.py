@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from patchjax.patches import ordering, selection, shares, transform
 from patchjax.patches.counting import at_least, limbs
@@ -71,8 +73,13 @@ def _ranks(state, shapes, k, *, scope, exact_k, one_more):
   )
   if one_more != "if_none":
     return found
-  one = jnp.asarray(limbs(1))
-  return tuple(jnp.where(at_least(k, one), k, one) for k in found)
+  one = limbs(1)
+  return tuple(
+    (jnp.where if isinstance(k, jax.Array) else np.where)(
+      at_least(k, one), k, one
+    )
+    for k in found
+  )
 
 
 def _keys(leaf, deltas, state, **options):
