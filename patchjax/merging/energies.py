@@ -50,8 +50,8 @@ def _reduce(leaf, deltas, state, carry, *, flavour):
   return sums.totals(squares, local=leaf.local).astype(jnp.float32)
 
 
-def _finish(total, carry, *, flavour):
-  del carry, flavour
+def _finish(total, carry):
+  del carry
   return total, jnp.asarray(True)
 
 

@@ -81,8 +81,7 @@ def combination(
     # Leaves of any width are added up.
     return found.astype(jnp.float32) if scope_of(**options) == "tree" else found
 
-  def finish(total, carry, **options):
-    del options
+  def finish(total, carry):
     m = len(carry)
     upper = np.triu_indices(m)
     place = np.zeros((m, m), np.int32)

@@ -140,8 +140,7 @@ def _rows_reduce(leaf, deltas, state, searches, *, fill):
   )
 
 
-def _rows_finish(total, searches, *, fill):
-  del fill
+def _rows_finish(total, searches):
   found = tuple(
     rows.narrow(total[i // 2][..., i % 2, :], search)
     for i, search in enumerate(searches)

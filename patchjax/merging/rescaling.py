@@ -6,6 +6,7 @@ divide by probabilities.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -88,12 +89,10 @@ def _counts(*, of: Spec) -> tuple[transform.Count, ...]:
   step, options = _stage(of)
 
   def own(f):
-    return f and (lambda *args, of: f(*args, **dict(options)))
+    return lambda *args, of: f(*args, **dict(options))
 
   return tuple(
-    transform.Count(
-      own(count.reduce), own(count.finish), count.once, own(count.needed)
-    )
+    dataclasses.replace(count, reduce=own(count.reduce))
     for count in transform.counts_of(step, options)
   )
 

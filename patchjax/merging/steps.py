@@ -94,8 +94,8 @@ def _elect_reduce(leaf, deltas, state, carry, *, method, zero):
   return counting.count_true(masks, local=leaf.local)
 
 
-def _elect_finish(total, carry, *, method, zero):
-  del carry, method, zero
+def _elect_finish(total, carry):
+  del carry
   total = counting.carried(total)
   positive, negative = total[:, 0], total[:, 1]
   more = counting.at_least(positive, negative) & (positive != negative).any()

@@ -9,7 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from patchjax.merging import ranks
-from patchjax.patches import counting, ordering, selection, shares, transform
+from patchjax.patches import (
+  counting,
+  narrowing,
+  ordering,
+  selection,
+  shares,
+  transform,
+)
 
 
 def keep_varied(*, density: Any, beside: bool = False) -> transform.Transform:
@@ -86,8 +93,7 @@ def _vary(leaf, kept, state, carry, *, beside):
   return counts[:, 0]
 
 
-def _ranked(vary, carry, *, beside):
-  del beside
+def _ranked(vary, carry):
   share, (search,) = carry
   rank = ranks.part(share, counting.carried(vary))
   search = selection.of_rank(search, rank)
@@ -98,23 +104,21 @@ def _counts(*, beside):
   del beside
   return (
     transform.Count(_vary, _ranked, once=True),
-    *map(_counted, selection.rounds(exact=True)),
+    *map(_counted, narrowing.rounds(exact=True)),
   )
 
 
-def _counted(kind: selection.Round) -> transform.Count:
+def _counted(kind: narrowing.Round) -> transform.Count:
   def reduce(leaf, kept, state, carry, *, beside):
     del state, beside
     return kind.count(kept, leaf, carry[1])
 
-  def finish(total, carry, *, beside):
-    del beside
+  def finish(total, carry):
     searches, done = kind.after(total, carry[1])
     return (carry[0], searches), done
 
-  def needed(carry, *, beside):
-    del beside
-    return kind.open(carry[1]).any()
+  def needed(carry):
+    return kind.needed(carry[1])
 
   return transform.Count(reduce, finish, needed=needed)
 

@@ -343,9 +343,7 @@ class _Eager:
       done = not leafwise.needed(plan, index, number, carry)
       while not done:
         total = self._pass(plan, index, number, items, carry)
-        carry, done = jax.device_get(
-          _finish_jit(plan, index, number)(total, carry)
-        )
+        carry, done = jax.device_get(_finish_jit(counted.finish)(total, carry))
         done = done or counted.once
     return carry
 
@@ -445,10 +443,8 @@ def _count_jit(
 
 
 @functools.lru_cache(maxsize=512)
-def _finish_jit(
-  plan: leafwise.Plan, index: int, number: int
-) -> Callable[..., Any]:
-  return jax.jit(functools.partial(leafwise.finish, plan, index, number))
+def _finish_jit(finish: Callable[..., Any]) -> Callable[..., Any]:
+  return jax.jit(finish)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -258,18 +258,13 @@ def count_whole(
 
 def finish(plan: Plan, index: int, number: int, total, carry) -> Any:
   """Returns stage `index`'s next carry, and whether its passes are done."""
-  _, options = plan.stages[index]
-  counted = plan.counts(index)[number]
-  return counted.finish(total, carry, **dict(options))
+  return plan.counts(index)[number].finish(total, carry)
 
 
 def needed(plan: Plan, index: int, number: int, carry) -> Any:
   """Returns whether stage `index` has to make a first pass."""
-  _, options = plan.stages[index]
   counted = plan.counts(index)[number]
-  if counted.needed is None:
-    return True
-  return counted.needed(carry, **dict(options))
+  return True if counted.needed is None else counted.needed(carry)
 
 
 def _leaf_passes(

@@ -193,8 +193,8 @@ def _ternarize_reduce(leaf, deltas, state, carry, *, scope):
   return jnp.stack([jnp.stack(sums), jnp.stack(counts)])
 
 
-def _ternarize_finish(total, carry, *, scope):
-  del carry, scope
+def _ternarize_finish(total, carry):
+  del carry
   mean = total[0] / jnp.maximum(total[1], jnp.float32(1))
   return mean, jnp.asarray(True)
 

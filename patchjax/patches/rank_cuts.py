@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from patchjax.patches import selection, transform
+from patchjax.patches import narrowing, selection, transform
 
 Array = Any
 
@@ -76,7 +76,7 @@ def cuts(
     )
 
   def counts(**options):
-    found = selection.rounds(exact=_is(exact, options))
+    found = narrowing.rounds(exact=_is(exact, options))
     return tuple(_counted(None if keep else keys, kind, each) for kind in found)
 
   return {
@@ -96,7 +96,7 @@ def _is(exact: Callable[..., bool] | None, options: dict[str, Any]) -> bool:
 
 
 def _counted(
-  keys: Callable[..., Any] | None, kind: selection.Round, each: int
+  keys: Callable[..., Any] | None, kind: narrowing.Round, each: int
 ) -> transform.Count:
   """Returns the passes of one kind over the keys of a leaf."""
 
@@ -106,12 +106,4 @@ def _counted(
       found = keys(leaf, found, *seen, **options)
     return kind.count(found, leaf, searches, each)
 
-  def finish(total, searches, **options):
-    del options
-    return kind.after(total, searches)
-
-  def needed(searches, **options):
-    del options
-    return kind.open(searches).any()
-
-  return transform.Count(reduce, finish, needed=needed)
+  return transform.Count(reduce, kind.after, needed=kind.needed)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from patchjax.patches import leafwise, ordering, placement, selection
+from patchjax.patches import leafwise, narrowing, ordering, placement, selection
 from patchjax.patches.counting import limbs
 from patchjax.trees.errors import DtypeError, SelectionError
 
@@ -74,7 +74,7 @@ def _passes(
   x: Array, leaf: placement.Leaf, state: selection.Search
 ) -> selection.Search:
   state = selection.stacked([state])
-  for kind in selection.rounds(exact=len(state.widths) > 1):
+  for kind in narrowing.rounds(exact=len(state.widths) > 1):
 
     def one_pass(x, state, kind=kind):
       counts = placement.sum_over_shards(_counted(kind), x, leaf, state)
@@ -84,7 +84,7 @@ def _passes(
   return state[0]
 
 
-def _counted(kind: selection.Round) -> Any:
+def _counted(kind: narrowing.Round) -> Any:
   def count(x, leaf, states):
     return kind.count((ordering.magnitude_bits(x),), leaf, states)
 
@@ -123,7 +123,7 @@ def top_k_masks(leaves: Mapping[str, Array], k: int) -> dict[str, Array]:
   bits = ordering.bits_of(kinds.pop())
   start = selection.search(limbs(k), shapes, bits=bits, exact=True)
   state = selection.stacked([start])
-  for number, kind in enumerate(selection.rounds(exact=True)):
+  for number, kind in enumerate(narrowing.rounds(exact=True)):
     done = not kind.open(state).any()
     while not done:
       total = None
@@ -136,14 +136,14 @@ def top_k_masks(leaves: Mapping[str, Array], k: int) -> dict[str, Array]:
 
 @functools.partial(jax.jit, static_argnums=4)
 def _count_leaf(x, leaf, state, total, number):
-  count = _counted(selection.rounds(exact=True)[number])
+  count = _counted(narrowing.rounds(exact=True)[number])
   counts = placement.sum_over_shards(count, x, leaf, state)
   return counts if total is None else counts + total
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _after(counts, state, number):
-  return selection.rounds(exact=True)[number].after(counts, state)
+  return narrowing.rounds(exact=True)[number].after(counts, state)
 
 
 @jax.jit

@@ -46,12 +46,12 @@ class Count:
     reduce: `(leaf, deltas, state, carry, **options)`, a small array or a
       pytree of them: summed over leaves and shards. With `Step.needs_base`
       it is `(leaf, deltas, base, state, carry, **options)`.
-    finish: `(total, carry, **options) -> (carry, done)`; `done` is a boolean
-      scalar, and another pass is made until it is true.
+    finish: `(total, carry) -> (carry, done)`; `done` is a boolean scalar, and
+      another pass is made until it is true. Not told of the options: steps
+      that have the function in common share its program.
     once: whether the first pass is always the last. It is then run without a
       loop, and derivatives go through it; through others they do not.
-    needed: `(carry, **options)`, whether the first pass is needed, by default
-      always.
+    needed: `(carry)`, whether the first pass is needed, by default always.
   """
 
   reduce: Callable[..., Any]

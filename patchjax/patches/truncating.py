@@ -126,6 +126,22 @@ def randomized(x: Array, rank: int, key: Array) -> tuple[Array, Array]:
     rank: at most `min(n, m)`.
     key: of the random test matrix.
   """
+  return _balanced(*randomized_svd(x, rank, key))
+
+
+def randomized_svd(
+  x: Array, rank: int, key: Array
+) -> tuple[Array, Array, Array]:
+  """Returns nearly the largest singular triplets of a matrix, `u, s, vt`.
+
+  Halko et al. 2011 (https://arxiv.org/abs/0909.4061) with two power steps and
+  Cholesky QR.
+
+  Args:
+    x: `[n, m]`.
+    rank: how many, at most `min(n, m)`.
+    key: of the random test matrix.
+  """
   n, m = x.shape
   width = min(rank + _OVERSAMPLING, n, m)
   q = _orthonormal(_dot(x, jax.random.normal(key, (m, width), x.dtype)))
@@ -134,8 +150,7 @@ def randomized(x: Array, rank: int, key: Array) -> tuple[Array, Array]:
   rows = _dot(x.T, q)  # x is near q @ rows.T
   basis = _orthonormal(rows)
   u, s, vt = jnp.linalg.svd(_dot(rows.T, basis), full_matrices=False)
-  left, right = _dot(q, u[:, :rank]), _dot(vt[:rank], basis.T)
-  return _balanced(left, s[:rank], right)
+  return _dot(q, u[:, :rank]), s[:rank], _dot(vt[:rank], basis.T)
 
 
 def _balanced(u: Array, s: Array, vt: Array) -> tuple[Array, Array]:

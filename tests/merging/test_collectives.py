@@ -14,6 +14,7 @@ from patchjax.patches import (
   Transform,
   counting,
   leafwise,
+  narrowing,
   ordering,
   placement,
   selection,
@@ -81,7 +82,7 @@ def test_known_auto_mesh_sends_one_small_sum_a_pass(mesh_auto):
 
   def keys_at_least(x, leaf, state):
     keys = [ordering.magnitude_keys(x)]
-    return selection.count_at_least(keys, leaf, selection.stacked([state]))
+    return narrowing.count_at_least(keys, leaf, selection.stacked([state]))
 
   def count(x):
     return placement.sum_over_shards(keys_at_least, x, leaf, state)

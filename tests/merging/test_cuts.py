@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 import patchjax as pj
-from patchjax.patches import Step, Transform, ordering, register_step, selection
+from patchjax.patches import (
+  Step,
+  Transform,
+  narrowing,
+  ordering,
+  register_step,
+  selection,
+)
 from patchjax.patches.counting import LIMB, limbs
 from patchjax.patches.rank_cuts import cuts
 from tests.merging.models import floats, models, put, same_bits
@@ -92,8 +99,8 @@ def test_every_word_of_32_bits_is_found(low):
   def find(keys, k):
     return jax.lax.while_loop(
       lambda state: ~state.done,
-      lambda state: selection.narrow(
-        selection.count_at_least([keys], leaf, selection.stacked([state]))[0],
+      lambda state: narrowing.narrow(
+        narrowing.count_at_least([keys], leaf, selection.stacked([state]))[0],
         state,
       ),
       jax.tree.map(jnp.asarray, selection.search(k, [keys.shape], **settings)),
@@ -113,13 +120,13 @@ def test_counts_beyond_32_bits():
   x = np.random.default_rng(1).standard_normal(1000).astype(np.float32)
   leaf = pj.patches.placement.leaf_of(x)
   k = 300 * many
-  narrow = jax.jit(selection.narrow)
+  narrow = jax.jit(narrowing.narrow)
   keys = ordering.magnitude_keys(x)
   state = selection.search(limbs(k), [(1000, many)], early=False)
   assert float(state.over) == 700 * many
   for _ in range(24):
     (counts,) = np.asarray(
-      selection.count_at_least([keys], leaf, selection.stacked([state]))
+      narrowing.count_at_least([keys], leaf, selection.stacked([state]))
     )
     total = ((counts[0].astype(np.int64) << LIMB) + counts[1]) * many
     assert total.max() < 1 << 42

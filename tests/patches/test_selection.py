@@ -13,6 +13,7 @@ import pytest
 
 from patchjax.patches import (
   counting,
+  narrowing,
   ordering,
   placement,
   selection,
@@ -117,7 +118,7 @@ def test_few_passes_find_it(mesh, request):
     for k in (1, 700, 13_107, 1 << 15, 65_000):
       start = selection.search(counting.limbs(k), [x.shape])
       state, passes = selection.stacked([start]), 0
-      for kind_of_pass in selection.rounds(exact=False):
+      for kind_of_pass in narrowing.rounds(exact=False):
         done = False
         while not done:
           state, done = one_pass(x, leaf, state, kind_of_pass)

@@ -76,8 +76,8 @@ def _reduce(leaf, vectors, state, carry, **options):
   return jnp.stack(squares[: len(gaps)]).astype(jnp.float32) if gaps else none
 
 
-def _finish(total, carry, **options):
-  del carry, options
+def _finish(total, carry):
+  del carry
   return total, jnp.asarray(True)
 
 

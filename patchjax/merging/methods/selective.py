@@ -217,8 +217,8 @@ def _ramplus_reduce(leaf, deltas, state, carry, *, scope):
   return jnp.concatenate(counts, axis=1)
 
 
-def _ramplus_finish(total, carry, *, scope):
-  del carry, scope
+def _ramplus_finish(total, carry):
+  del carry
   shared, own = jnp.split(counting.number_of(total), 2)
   # Nothing of its own: as large as can be, if it has anything.
   return shared / jnp.maximum(own, jnp.float32(1e-12)), jnp.asarray(True)
