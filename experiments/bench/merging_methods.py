@@ -152,7 +152,7 @@ CONTESTS = (
     paper=lambda: _m.model_stock(),
   ),
 )  # fmt: skip
-"""Those of the issue first: only they have goals."""
+"""Those that have goals first."""
 
 BY_NAME = {contest.name: contest for contest in CONTESTS}
 """By name."""
