@@ -218,6 +218,9 @@ class _Job:
     """Returns the first carry of a stage that counts over these shapes."""
     step, options = self.method.stages[index]
     assert step.start is not None
+    for before, own in self.method.stages[:index]:
+      if before.counted is not None:
+        shapes = before.counted(shapes, self.contributors, **dict(own))
     return step.start(state[index], shapes, self.contributors, **dict(options))
 
   def items(self, leaves: Leaves, shared: Sequence[Any]) -> Iterator[Item]:

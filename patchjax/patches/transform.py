@@ -103,6 +103,12 @@ class Step:
     ranks: and the ranks of the cuts.
     key_bits: and how many bits the keys have.
     exact: and, `(**options) -> bool`, whether ties are broken by position.
+    bracket: "opens": `update` returns `(deltas, held)`, where `held` is any
+      pytree of arrays; "closes": the `update` of a later step is given what
+      was opened last, as `held=`. Brackets nest.
+    counted: `(shapes, k, **options) -> shapes`, of a step that leaves some
+      entries without meaning (zeros): the shapes of what counts for the steps
+      after it, where they ask for shares of a size.
   """
 
   name: str
@@ -121,6 +127,8 @@ class Step:
   ranks: Callable[..., Any] | None = None
   key_bits: int = 32
   exact: Callable[..., bool] | None = None
+  bracket: Literal["opens", "closes"] | None = None
+  counted: Callable[..., Any] | None = None
 
   def __post_init__(self):
     if (self.start is None) != (self.counts is None):
@@ -280,8 +288,9 @@ def chain(*transforms: Transform) -> Transform:
     *transforms: transforms, themselves chains or not.
 
   Raises:
-    ValueError: if more than one step reduces k deltas to one, or if some work
-      on task vectors and others on parameters.
+    ValueError: if more than one step reduces k deltas to one, if some work
+      on task vectors and others on parameters, or if a step closes what none
+      has opened.
 
   Example:
     >>> import patchjax as pj
@@ -307,6 +316,11 @@ def chain(*transforms: Transform) -> Transform:
       f"{', '.join(spaces['deltas'])} on task vectors and "
       f"{', '.join(spaces['params'])} on parameters"
     )
+  depth = 0
+  for step, _ in stages:
+    depth += {"opens": 1, "closes": -1}.get(step.bracket or "", 0)
+    if depth < 0:
+      raise ValueError(f"chain: no step before {step.name} opens its bracket")
   numbers = tuple(numbers for t in transforms for numbers in t.numbers)
   return Transform(numbers, stages)
 
@@ -452,10 +466,17 @@ def run_prefix(
   Returns:
     a tuple of arrays or codes.
   """
+  held: list[Any] = []
   for (step, options), state_, shared_ in list(
     zip(method.stages, state, shared, strict=True)
   )[:count]:
     deltas = tuple(d if hasattr(d, "at") else d.dense() for d in deltas)
-    out = step.update(leaf, deltas, base, state_, shared_, **dict(options))
+    more = {"held": held.pop()} if step.bracket == "closes" else {}
+    out = step.update(
+      leaf, deltas, base, state_, shared_, **more, **dict(options)
+    )
+    if step.bracket == "opens":
+      out, kept = out
+      held.append(kept)
     deltas = out if isinstance(out, tuple) else (out,)
   return deltas

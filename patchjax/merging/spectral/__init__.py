@@ -1,0 +1,1 @@
+"""Merges that work on the singular vectors of a leaf's matrices."""
