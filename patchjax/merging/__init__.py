@@ -19,7 +19,10 @@ from patchjax.merging.methods import (
   ema,
   emr,
   geometric_median,
+  iso_c,
+  iso_cts,
   karcher,
+  knots,
   krum,
   lawa,
   linear,
@@ -37,11 +40,15 @@ from patchjax.merging.methods import (
   ramplus,
   sce,
   slerp,
+  star,
+  svc,
   task_arithmetic,
   ties,
   trimmed_mean,
+  tsv_m,
   uniform_soup,
   wise_ft,
+  wudi,
 )
 from patchjax.merging.methods.coefficients import scale_by_depth
 from patchjax.merging.methods.consensus import (
@@ -53,6 +60,11 @@ from patchjax.merging.methods.soups import greedy_soup
 from patchjax.merging.middling import keep_between
 from patchjax.merging.rescaling import keep_l1
 from patchjax.merging.running import combine, merge
+from patchjax.merging.spectral.factored import core_space, knots_of_patches
+from patchjax.merging.spectral.interference import (
+  WudiDifference,
+  wudi_difference,
+)
 from patchjax.merging.steps import (
   disjoint_mean,
   elect_sign,
@@ -69,6 +81,7 @@ __all__ = [
   "ConflictReport",
   "MergedFiles",
   "PerLeaf",
+  "WudiDifference",
   "abstract_of",
   "arcee_fusion",
   "breadcrumbs",
@@ -77,6 +90,7 @@ __all__ = [
   "combine",
   "conflicts",
   "consensus_ta",
+  "core_space",
   "dare_linear",
   "dare_ties",
   "della",
@@ -91,11 +105,15 @@ __all__ = [
   "emr_rescalers",
   "geometric_median",
   "greedy_soup",
+  "iso_c",
+  "iso_cts",
   "karcher",
   "keep_between",
   "keep_l1",
   "keep_mask",
   "keep_varied",
+  "knots",
+  "knots_of_patches",
   "krum",
   "lawa",
   "linear",
@@ -119,13 +137,18 @@ __all__ = [
   "scale_by_depth",
   "sce",
   "slerp",
+  "star",
+  "svc",
   "tall_masks",
   "task_arithmetic",
   "ties",
   "trim",
   "trimmed_mean",
+  "tsv_m",
   "uniform_soup",
   "weigh_by_energy",
   "weighted_sum",
   "wise_ft",
+  "wudi",
+  "wudi_difference",
 ]

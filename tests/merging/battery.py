@@ -400,6 +400,11 @@ CASES: dict[str, Case] = {
   ),
 }
 
+# Tables of other modules, which take `Case` from this one.
+from tests.merging import battery_spectral  # noqa: E402
+
+CASES |= battery_spectral.CASES
+
 
 def method_of(name: str) -> str:
   """The method a row is about."""

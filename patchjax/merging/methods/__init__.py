@@ -48,6 +48,10 @@ from patchjax.merging.methods.sparse import (
   della_linear,
 )
 from patchjax.merging.methods.spherical import karcher, multislerp
+from patchjax.merging.spectral.bracketed import knots, svc
+from patchjax.merging.spectral.interference import wudi
+from patchjax.merging.spectral.isotropic import iso_c, iso_cts
+from patchjax.merging.spectral.singular import star, tsv_m
 
 METHODS: tuple[Callable[..., Any], ...] = (
   arcee_fusion,
@@ -62,7 +66,10 @@ METHODS: tuple[Callable[..., Any], ...] = (
   ema,
   emr,
   geometric_median,
+  iso_c,
+  iso_cts,
   karcher,
+  knots,
   krum,
   lawa,
   linear,
@@ -80,11 +87,15 @@ METHODS: tuple[Callable[..., Any], ...] = (
   ramplus,
   sce,
   slerp,
+  star,
+  svc,
   task_arithmetic,
   ties,
   trimmed_mean,
+  tsv_m,
   uniform_soup,
   wise_ft,
+  wudi,
 )
 """Every merge method: found by name in the command line, each held to a
 reference and to the paper by the tests."""
