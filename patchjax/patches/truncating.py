@@ -21,7 +21,8 @@ _POWER_STEPS = 2
 
 def truncate(
   *,
-  rank: int,
+  rank: int | None = None,
+  share: float | None = None,
   in_axes: int = 1,
   batch_axes: int = 0,
   method: Literal["randomized", "exact"] = "randomized",
@@ -29,11 +30,15 @@ def truncate(
 ) -> transform.Transform:
   """Returns the transform that keeps a delta's largest singular directions.
 
-  LoRA extraction. Leaves without input and output axes, and those whose
+  LoRA extraction; with a share, TSV-C (Gargiulo et al. 2025,
+  https://arxiv.org/abs/2412.00081, section 3.2), whose share is one over the
+  number of tasks. Leaves without input and output axes, and those whose
   factors would not be smaller, stay as they are.
 
   Args:
     rank: how many directions are kept.
+    share: in its place, how many of all directions of a matrix, rounded down
+      but at least one.
     in_axes: how many axes of a leaf (after batch axes) are inputs.
     batch_axes: how many leading axes only number layers; each has its own
       factors.
@@ -51,14 +56,19 @@ def truncate(
     >>> bool(np.allclose(code.dense(), w, atol=1e-4)), code.a.shape
     (True, (8, 1))
   """
-  if rank < 1:
+  if (rank is None) == (share is None):
+    raise ValueError("give a rank or a share: truncate(rank=8)")
+  if rank is not None and rank < 1:
     raise ValueError(f"rank must be at least 1, got {rank}")
+  if share is not None and not 0 < share <= 1:
+    raise ValueError(f"share must be in (0, 1], got {share}")
   if method not in ("randomized", "exact"):
     raise ValueError(f"method must be 'randomized' or 'exact', got {method!r}")
   return transform.Transform.of(
     _TRUNCATE,
     {},
     rank=rank,
+    **({} if share is None else {"share": share}),
     in_axes=in_axes,
     batch_axes=batch_axes,
     method=method,
@@ -78,12 +88,15 @@ def _update(
   batch_axes,
   method,
   seed,
+  share=None,
 ):
   del base, state, shared
   shape = leaf.shape
   inputs = shape[batch_axes : batch_axes + in_axes]
   outputs = shape[batch_axes + in_axes :]
   n, m = math.prod(inputs), math.prod(outputs)
+  if rank is None:
+    rank = max(int(min(n, m) * share), 1)
   if not inputs or not outputs or rank * (n + m) >= n * m or not leaf.size:
     return deltas
   key = jax.random.key(seed)

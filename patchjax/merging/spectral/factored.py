@@ -71,8 +71,8 @@ def core_space(
     >>> base = {"w": np.zeros((6, 4), np.float32)}
     >>> def patch(seed):
     ...   a, b = jax.random.normal(jax.random.key(seed), (2, 6, 4))
-    ...   code = pj.LowRank(a[:, :1], b[:1, :4], np.float32(1))
-    ...   return pj.Patch({"w": pj.Delta(code, "add")})
+    ...   code = pj.patches.LowRank(a[:, :1], b[:1, :4], np.float32(1))
+    ...   return pj.Patch({"w": pj.patches.Delta(code, "add")})
     >>> both = [patch(0), patch(1)]
     >>> merged = pj.merging.core_space(both)
     >>> merged.deltas["w"].code.rank
@@ -123,8 +123,8 @@ def knots_of_patches(
   Example:
     >>> import numpy as np, patchjax as pj
     >>> a, b = np.float32([[1], [2]]), np.float32([[3, 4, 0]])
-    >>> code = pj.LowRank(a, b, np.float32(1))
-    >>> patch = pj.Patch({"w": pj.Delta(code, "add")})
+    >>> code = pj.patches.LowRank(a, b, np.float32(1))
+    >>> patch = pj.Patch({"w": pj.patches.Delta(code, "add")})
     >>> same = pj.merging.knots_of_patches(
     ...     [patch], method=pj.merging.task_arithmetic())
     >>> np.round(same.deltas["w"].code.dense(), 3).tolist()
