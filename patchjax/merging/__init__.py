@@ -1,10 +1,25 @@
 """Merging: steps, methods, and the functions that run them."""
 
+from patchjax.merging.alignment import (
+  activation_matching,
+  align,
+  given_permutations,
+  infer_permutations,
+  linear_connectivity,
+  permute,
+  permute_patch,
+  weight_matching,
+)
 from patchjax.merging.conflict import ConflictReport, conflicts
 from patchjax.merging.dropping import drop
 from patchjax.merging.dropping_by_rank import drop_by_rank
 from patchjax.merging.energies import weigh_by_energy
 from patchjax.merging.files import MergedFiles, merge_files
+from patchjax.merging.learning import (
+  adamerging,
+  fit_numbers,
+  search_numbers,
+)
 from patchjax.merging.masks import keep_mask
 from patchjax.merging.methods import (
   arcee_fusion,
@@ -83,6 +98,9 @@ __all__ = [
   "PerLeaf",
   "WudiDifference",
   "abstract_of",
+  "activation_matching",
+  "adamerging",
+  "align",
   "arcee_fusion",
   "breadcrumbs",
   "breadcrumbs_ties",
@@ -103,8 +121,11 @@ __all__ = [
   "emr",
   "emr_masks",
   "emr_rescalers",
+  "fit_numbers",
   "geometric_median",
+  "given_permutations",
   "greedy_soup",
+  "infer_permutations",
   "iso_c",
   "iso_cts",
   "karcher",
@@ -117,6 +138,7 @@ __all__ = [
   "krum",
   "lawa",
   "linear",
+  "linear_connectivity",
   "lines",
   "magmax",
   "mean",
@@ -131,11 +153,14 @@ __all__ = [
   "passthrough",
   "pcb",
   "per_leaf",
+  "permute",
+  "permute_patch",
   "ram",
   "ramplus",
   "scale",
   "scale_by_depth",
   "sce",
+  "search_numbers",
   "slerp",
   "star",
   "svc",
@@ -147,6 +172,7 @@ __all__ = [
   "tsv_m",
   "uniform_soup",
   "weigh_by_energy",
+  "weight_matching",
   "weighted_sum",
   "wise_ft",
   "wudi",

@@ -1,0 +1,198 @@
+"""A spec of permutations is held to the function of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from patchjax.merging.alignment import specs
+from patchjax.merging.inputs import is_float
+from patchjax.trees.errors import (
+  MismatchError,
+  NonFiniteError,
+  StructureError,
+)
+from patchjax.trees.names import flatten
+
+
+def given_permutations(
+  axes: Mapping[str, Sequence[Any]],
+  apply_fn: Callable[..., Any],
+  params: Any,
+  *inputs: Any,
+  within: Mapping[str, Sequence[str]] | None = None,
+  seed: int = 0,
+  tolerance: float | None = None,
+) -> specs.PermutationSpec:
+  """Returns a spec that was written down, if the model obeys it.
+
+  For models that `infer_permutations` refuses.
+
+  Args:
+    axes: for each leaf with hidden units, by text name, one entry an axis:
+      None for an axis that keeps its order, the name of a dimension, or for a
+      flattened axis a tuple of names and sizes, the slowest first.
+    apply_fn: the model, `(params, *inputs)`.
+    params: pytree of arrays.
+    *inputs: arrays it is called with.
+    within: for dimensions, all those they may differ within, outer and outer
+      still (see `Hidden`).
+    seed: of the check.
+    tolerance: of the check, see `infer_permutations`.
+
+  Returns:
+    The spec.
+
+  Raises:
+    MismatchError: if sizes do not fit, or permuting a dimension changes what
+      the model computes; names it, and its leaves.
+    NonFiniteError: if the model gives NaN or Inf in the check.
+    StructureError: if a leaf or dimension is not there.
+
+  Example:
+    >>> import numpy as np, patchjax as pj
+    >>> params = {"w1": np.ones((2, 4), "f"), "w2": np.ones((4, 1), "f")}
+    >>> spec = pj.merging.given_permutations(
+    ...   {"w1": (None, "units"), "w2": ("units", None)},
+    ...   lambda p, x: np.tanh(1) * (x @ p["w1"]) @ p["w2"],
+    ...   params, np.ones((3, 2), "f"),
+    ... )
+    >>> spec.moving, spec.error < 1e-5
+    (('units',), True)
+  """
+  spec = specs.from_axes(params, axes, within or {})
+  wrong = [
+    f" - {name} within {outer}"
+    for name, hidden in spec.dimensions.items()
+    for outer in hidden.within
+    if outer not in spec.dimensions
+    or not set(spec.dimensions[outer].within) < set(hidden.within)
+  ]
+  if wrong:
+    raise StructureError(
+      "what a dimension lies within must be dimensions, with all that they "
+      "lie within themselves:\n" + "\n".join(wrong)
+    )
+  return checked(
+    spec, apply_fn, params, *inputs, seed=seed, tolerance=tolerance
+  )
+
+
+def checked(
+  spec: specs.PermutationSpec,
+  apply_fn: Callable[..., Any],
+  params: Any,
+  *inputs: Any,
+  seed: int = 0,
+  tolerance: float | None = None,
+) -> specs.PermutationSpec:
+  """Returns the spec with its error, if permuting leaves the model's function.
+
+  All dimensions are permuted at random, in parameters and inputs that are
+  moved at random from those given, so that zeros and equal numbers hide
+  nothing (signs stay: a variance is not made negative).
+
+  Args:
+    spec: of the model.
+    apply_fn: the model, `(params, *inputs)`.
+    params: pytree of arrays.
+    *inputs: arrays it is called with.
+    seed: of what is random.
+    tolerance: the largest difference allowed, relative to the largest output;
+      by default 1e-3 for float32, 1e-7 for float64, 0.1 for half precision.
+
+  Raises:
+    MismatchError: if outputs differ; names the dimensions and their leaves.
+    NonFiniteError: if the model gives NaN or Inf.
+  """
+  rng = np.random.default_rng(seed)
+  moved = _moved(params, rng)
+  given = tuple(_moved(x, rng) for x in inputs)
+  run = jax.jit(lambda p: apply_fn(p, *given))
+  expected = _outputs(run(moved))
+  if not all(np.isfinite(x).all() for x in expected):
+    raise NonFiniteError(
+      "the model gives NaN or Inf for parameters and inputs near those given, "
+      "so that nothing can be checked; give others"
+    )
+  everything = specs.random_permutations(spec, rng)
+  found = _outputs(run(specs.permute(spec, everything, moved)))
+  error = _error(expected, found, tolerance)
+  if error > 1:
+    wrong = [
+      f" - {name}, in {', '.join(spec.where(name))}"
+      for name, table in everything.items()
+      if not _same(run, spec, {name: table}, moved, expected, tolerance)
+    ]
+    raise MismatchError(
+      "the model computes something else when these are permuted:\n"
+      + "\n".join(wrong or [" - all together"])
+    )
+  return dataclasses.replace(spec, error=_error(expected, found, 1.0))
+
+
+def _same(run, spec, permutations, params, expected, tolerance):
+  found = _outputs(run(specs.permute(spec, permutations, params)))
+  return _error(expected, found, tolerance) <= 1
+
+
+def _moved(tree: Any, rng: np.random.Generator) -> Any:
+  named, treedef = flatten(tree)
+
+  def move(x):
+    if not is_float(x):
+      return x
+    shape = np.shape(x)
+    wide = np.asarray(x).astype(np.float32 if x.dtype.itemsize < 8 else x.dtype)
+    near = 1 + 0.3 * rng.uniform(-1, 1, shape)
+    out = wide * near + 0.05 * rng.uniform(0, 1, shape)
+    out = out.astype(x.dtype)
+    return jax.device_put(out, x.sharding) if isinstance(x, jax.Array) else out
+
+  return jax.tree.unflatten(treedef, [move(x) for x in named.values()])
+
+
+def _outputs(tree: Any) -> list[np.ndarray]:
+  return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def difference(expected: Any, found: Any) -> float:
+  """Returns how far outputs differ, 1 being the most that rounding explains.
+
+  Args:
+    expected: pytree of a model's outputs.
+    found: pytree of others.
+  """
+  return _error(_outputs(expected), _outputs(found), None)
+
+
+def _error(expected, found, tolerance) -> float:
+  """Returns the largest difference, in units of the tolerance."""
+  worst = 0.0
+  for x, y in zip(expected, found, strict=True):
+    if not x.size:
+      continue
+    allowed = tolerance
+    if allowed is None:
+      allowed = {2: 0.1, 4: 1e-3, 8: 1e-7}.get(x.dtype.itemsize, 0.1)
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    size = max(float(np.abs(x).max()), np.finfo(np.float32).tiny)
+    worst = max(worst, float(np.abs(x - y).max()) / size / allowed)
+  return worst if np.isfinite(worst) else np.inf
+
+
+def require_checked(spec: specs.PermutationSpec) -> None:
+  """Raises StructureError for a spec that no model was held to.
+
+  Args:
+    spec: of a model.
+  """
+  if spec.error is None:
+    raise StructureError(
+      "this spec was not checked against a model; make it with "
+      "infer_permutations or given_permutations"
+    )

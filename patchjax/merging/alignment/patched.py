@@ -1,0 +1,130 @@
+"""Patches whose hidden units are put in another order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from patchjax.merging.alignment import specs
+from patchjax.patches.codes import Code, Dense, LowRank, Quantized, Sparse
+from patchjax.patches.deltas import Delta
+from patchjax.patches.patch import Patch
+from patchjax.trees.errors import StructureError
+
+
+def permute_patch(
+  spec: specs.PermutationSpec, permutations: specs.Permutations, patch: Patch
+) -> Patch:
+  """Returns the patch that does to permuted parameters what this one did.
+
+  `apply(permute(base), permute_patch(patch))` is
+  `permute(apply(base, patch))`. So a patch made for one model is carried to
+  another that was aligned with it.
+
+  Args:
+    spec: of the model.
+    permutations: by dimension; those left out stay.
+    patch: of numeric deltas. Low-rank factors stay low-rank, sparse entries
+      sparse; quantized numbers become dense ones, since blocks with one scale
+      are torn apart.
+
+  Returns:
+    A patch for the permuted base, with that base's digest unknown.
+
+  Raises:
+    MismatchError: if permutations do not fit.
+    StructureError: if the patch inserts, deletes or renames leaves.
+
+  Example:
+    >>> import numpy as np, patchjax as pj
+    >>> from patchjax.merging.alignment import Hidden, PermutationSpec
+    >>> spec = PermutationSpec({"w:0": Hidden(3)}, {"w": (("w:0",),)})
+    >>> base, tuned = {"w": np.zeros(3, "f")}, {"w": np.float32([1, 2, 3])}
+    >>> turned = pj.merging.permute_patch(
+    ...   spec, {"w:0": np.int32([2, 0, 1])}, pj.diff(base, tuned))
+    >>> turned.deltas["w"].code.values.tolist()
+    [3.0, 1.0, 2.0]
+  """
+  specs.check_permutations(spec, permutations)
+  if patch.structural:
+    raise StructureError(
+      "a patch that inserts, deletes or renames leaves cannot be permuted: "
+      "apply it, and permute the parameters"
+    )
+  deltas = {}
+  for name, delta in patch.deltas.items():
+    axes = spec.axes.get(name)
+    if axes is None or not _moves(permutations, axes):
+      deltas[name] = delta
+      continue
+    assert isinstance(delta, Delta)
+    code = _code(spec, permutations, axes, delta.code)
+    deltas[name] = Delta(code, delta.law)
+  return Patch(deltas, patch.structure)
+
+
+def _moves(permutations, axes: Sequence[specs.Axis]) -> bool:
+  return any(factor in permutations for axis in axes for factor in axis)
+
+
+def _code(spec, permutations, axes: Sequence[specs.Axis], code: Code) -> Code:
+  match code:
+    case LowRank():
+      last = code.a.ndim - 1
+      batch, rank = axes[: code.batch], ((code.rank,),)
+      sides = ((*axes[:last], *rank), (*batch, *rank, *axes[last:]))
+      if all(_whole(spec, permutations, side) for side in sides):
+        a, b = (
+          specs.permuted_leaf(spec, permutations, side, factor)
+          for side, factor in zip(sides, (code.a, code.b))
+        )
+        return LowRank(a, b, code.scale, code.batch)
+    case Sparse() if code.indices.ndim == 1:
+      return _sparse(spec, permutations, axes, code)
+  values: Any = code.dense()
+  if values.shape != tuple(_size(spec, axis) for axis in axes):
+    values = _spread(spec, permutations, axes, values)
+  return Dense(specs.permuted_leaf(spec, permutations, axes, values))
+
+
+def _whole(spec, permutations, axes) -> bool:
+  """Whether dimensions come together with those they lie within."""
+  here = {factor for axis in axes for factor in axis}
+  return all(
+    set(spec.dimensions[f].within) <= here for f in here if f in permutations
+  )
+
+
+def _size(spec, axis: specs.Axis) -> int:
+  sizes = (spec.dimensions[f].size if isinstance(f, str) else f for f in axis)
+  return int(np.prod([1, *sizes]))
+
+
+def _spread(spec, permutations, axes, values):
+  """Writes out axes of equal numbers, if an order within them is needed."""
+  shape = [
+    size
+    if size == 1 and not _moves(permutations, [axis])
+    else _size(spec, axis)
+    for size, axis in zip(values.shape, axes, strict=True)
+  ]
+  return np.broadcast_to(np.asarray(values), shape)
+
+
+def _sparse(spec, permutations, axes, code: Sparse) -> Code:
+  """Moves positions: entry x[p[i]] is now at i."""
+  shape = tuple(code.shape)
+  places = np.arange(int(np.prod(shape)), dtype=np.int32)
+  source = specs.permuted_leaf(spec, permutations, axes, places.reshape(shape))
+  target = np.empty_like(places)
+  target[np.ravel(source)] = places
+  indices = np.asarray(code.indices)
+  held = indices < places.size
+  moved = np.where(held, target[np.where(held, indices, 0)], indices)
+  order = np.argsort(moved, kind="stable")
+  values: Any = code.values
+  if isinstance(values, Quantized):
+    values = values.dense()
+  return Sparse(np.asarray(values)[order], moved[order].astype(np.int32), shape)

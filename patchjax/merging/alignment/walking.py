@@ -1,0 +1,79 @@
+"""Walking over the equations of a jaxpr, with calls written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend import core
+
+# Calls whose equations can stand where the call does: they only say how to
+# compile, to differentiate, or to name what they hold.
+_CALLS = frozenset(
+  "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call"
+  " custom_vjp_call custom_vjp_call_jaxpr".split()
+)
+
+
+def walk(
+  jaxpr: Any,
+  consts: Sequence[Any],
+  args: Sequence[Any],
+  literal: Callable[[Any], Any],
+  visit: Callable[[Any, list[Any]], Sequence[Any]],
+) -> list[Any]:
+  """Returns the outputs of a jaxpr whose equations are run by `visit`.
+
+  Args:
+    jaxpr: an open jaxpr.
+    consts: what its constants are.
+    args: what its arguments are.
+    literal: called with a literal's value.
+    visit: called with each equation and its inputs, returns its outputs.
+      Equations come in one order, whatever the values are.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> seen = []
+    >>> closed = jax.make_jaxpr(lambda x: jax.nn.relu(x) + 1)(2.0)
+    >>> walk(closed.jaxpr, [], [2.0], lambda x: x, lambda eqn, ins: (
+    ...   seen.append(eqn.primitive.name), ins[:1])[1])
+    [2.0]
+    >>> seen
+    ['max', 'add']
+  """
+  values = dict(zip(jaxpr.constvars, consts, strict=True))
+  values |= dict(zip(jaxpr.invars, args, strict=True))
+
+  def read(atom):
+    if isinstance(atom, core.Literal):
+      return literal(np.asarray(atom.val, atom.aval.dtype))
+    return values[atom]
+
+  for eqn in jaxpr.eqns:
+    ins = [read(atom) for atom in eqn.invars]
+    inner = _called(eqn)
+    if inner is None:
+      outs = visit(eqn, ins)
+    else:
+      body, own = opened(inner)
+      outs = walk(body, [literal(c) for c in own], ins, literal, visit)
+    values |= dict(zip(eqn.outvars, outs, strict=True))
+  return [read(atom) for atom in jaxpr.outvars]
+
+
+def _called(eqn: Any) -> Any:
+  if eqn.primitive.name not in _CALLS:
+    return None
+  for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    if key in eqn.params:
+      return eqn.params[key]
+  return None
+
+
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+  """Returns a jaxpr and its constants, whether it was closed or not."""
+  if isinstance(jaxpr, core.ClosedJaxpr):
+    return jaxpr.jaxpr, jaxpr.consts
+  return jaxpr, ()
