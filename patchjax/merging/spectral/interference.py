@@ -142,13 +142,15 @@ _CLOSED = transform.register_step(
   transform.Step(name="least_interference", update=_closed, reducing=True)
 )
 
+# PyTorch's. Optax's own counts steps in an integer, which strict promotion of
+# dtypes refuses.
+_BETAS = (0.9, 0.999)
+
 
 def _adam(leaf, deltas, base, state, shared, *, iterations, others, **axes):
   del base, shared
 
   def function(tasks, rate):
-    import optax
-
     units = _normed(tasks)
     gram = functools.reduce(
       jnp.add, (mats.dot(mats.transposed(unit), unit) for unit in units)
@@ -161,16 +163,26 @@ def _adam(leaf, deltas, base, state, shared, *, iterations, others, **axes):
       ),
     )
     total = functools.reduce(jnp.add, tasks)
-    adam = optax.adam(1.0)  # its steps are scaled below, by a traced number
-    rate = jnp.asarray(rate).astype(total.dtype)
+
+    def number(x):
+      return jnp.asarray(x).astype(total.dtype)
 
     def step(_, carry):
-      found, moments = carry
-      gradient = jnp.asarray(2, total.dtype) * (mats.dot(found, gram) - right)
-      move, moments = adam.update(gradient, moments)
-      return found + rate * move, moments
+      found, first, second, powers = carry
+      gradient = number(2) * (mats.dot(found, gram) - right)
+      first = number(0.9) * first + number(0.1) * gradient
+      second = number(0.999) * second + number(0.001) * gradient * gradient
+      powers = tuple(x * number(b) for x, b in zip(powers, _BETAS, strict=True))
+      mean, square = (
+        x / (number(1) - power)
+        for x, power in zip((first, second), powers, strict=True)
+      )
+      move = mean / (jnp.sqrt(square) + number(1e-8))
+      return found - number(rate) * move, first, second, powers
 
-    return jax.lax.fori_loop(0, iterations, step, (total, adam.init(total)))[0]
+    zero = jnp.zeros_like(total)
+    carry = total, zero, zero, (number(1), number(1))
+    return jax.lax.fori_loop(0, iterations, step, carry)[0]
 
   rate = state["learning_rate"]
   return mats.merged(function, leaf, deltas, axes, rate, others=others)
