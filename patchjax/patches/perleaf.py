@@ -29,21 +29,30 @@ class PerLeaf:
   A pytree of its numbers: traced, mapped over and learned like any number.
 
   Attributes:
-    values: by text name.
+    values: by text name; a number, or a pytree of arrays (statistics).
+    optional: whether leaves may have none: a step then sees None; static.
   """
 
   values: dict[str, Any]
+  optional: bool = dataclasses.field(
+    default=False, metadata={"static": True}, kw_only=True
+  )
 
   def at(self, name: str) -> Any:
-    """Returns the number of a leaf.
+    """Returns the number of a leaf, None if it has none and need not.
 
     Args:
       name: text name.
 
     Raises:
-      SelectionError: if the leaf has none.
+      SelectionError: if the leaf has none and all must have one.
+
+    Example:
+      >>> PerLeaf({"w": 1.0}, optional=True).at("b")
     """
     if name not in self.values:
+      if self.optional:
+        return None
       raise SelectionError(
         f"no number is given for the leaf {name}; make them with "
         "patchjax.merging.per_leaf(params, rules, default=...) of these "
@@ -73,7 +82,7 @@ def resolved(state: Any, name: str) -> Any:
     name: text name of the leaf.
 
   Raises:
-    SelectionError: if the leaf has no number.
+    SelectionError: if the leaf has no number, and needs one.
 
   Example:
     >>> resolved({"t": PerLeaf({"a": 1.0, "b": 2.0}), "scale": 3.0}, "b")
