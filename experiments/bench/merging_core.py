@@ -169,6 +169,8 @@ def _measure(
   for peer in peers:
     if peer == "torch" and contest.name not in _TRANSCRIBED:
       continue
+    if peer == "mergekit" and not contest.mergekit:
+      continue
 
     def merge(peer=peer, warm=False):
       assert theirs is not None
@@ -211,6 +213,11 @@ _TRANSCRIBED = (
   "della",
   "breadcrumbs",
   "sce",
+  "tsv_m",
+  "iso_c",
+  "star",
+  "wudi",
+  "svc",
 )
 
 
@@ -238,14 +245,15 @@ def _copier(moved: int, most: int = 1 << 28) -> Callable[[], None]:
 def _compare(
   contest: Contest, held: list[Any], theirs: Mergekit, folder: pathlib.Path
 ) -> list[str]:
-  """Says how many numbers differ from mergekit's, if any.
+  """Says how many numbers differ from mergekit's (or PyTorch's), if any.
 
   Raises:
     AssertionError: if they are more than ties in magnitude explain.
   """
   path = folder / "merged.safetensors"
+  peer = "mergekit" if contest.mergekit else "torch"
   theirs.merge(
-    "mergekit",
+    peer,
     contest.name,
     contest.settings,
     base=contest.base,
@@ -263,12 +271,12 @@ def _compare(
   path.unlink()
   if differing > 1e-4 * size:
     raise AssertionError(
-      f"{contest.name}: {differing} of {size} numbers are not mergekit's"
+      f"{contest.name}: {differing} of {size} numbers are not {peer}'s"
     )
   if not differing:
     return []
   return [
-    f"{contest.name}: {differing:,} of {size:,} numbers are not mergekit's: "
+    f"{contest.name}: {differing:,} of {size:,} numbers are not {peer}'s: "
     "magnitudes that tie at the cut"
   ]
 

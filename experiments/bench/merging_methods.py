@@ -30,6 +30,8 @@ class Contest:
     limit: how close to the bytes-moved limit, in a buffer that is given.
     equal: whether both compute the same numbers: not so what is random.
     close: how closely, as a share of a tensor's maximum.
+    mergekit: whether mergekit has it; if not, the settings are those of the
+      formula in PyTorch, and that is what the numbers are compared with.
   """
 
   name: str
@@ -43,6 +45,7 @@ class Contest:
   limit: float | None = None
   equal: bool = True
   close: float = 1e-6
+  mergekit: bool = True
 
   def goal(self, dtype: str) -> float | None:
     """Returns how often faster than mergekit it is to be.
@@ -150,6 +153,19 @@ CONTESTS = (
   Contest(
     "model_stock", lambda: _m.model_stock(flavour="mergekit"), {},
     paper=lambda: _m.model_stock(),
+  ),
+  *(
+    # Of random tasks the least interference is anything but well determined.
+    Contest(
+      name, make, settings, mergekit=False, close=1e-5, equal=name != "wudi"
+    )
+    for name, make, settings in (
+      ("tsv_m", lambda: _m.tsv_m(), {"scale": 1.0}),
+      ("iso_c", lambda: _m.iso_c(), {"scale": 1.0}),
+      ("star", lambda: _m.star(), {"eta": 40.0}),
+      ("wudi", lambda: _m.wudi(), {"scale": 1.0}),
+      ("svc", lambda: _m.svc(), {"alpha": 0.1}),
+    )
   ),
 )  # fmt: skip
 """Those that have goals first."""

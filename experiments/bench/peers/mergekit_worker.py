@@ -11,9 +11,11 @@ import time
 
 import torch
 import torch_formulas
+import torch_spectral
 from mergekit import merge_methods
 from safetensors import torch as files
 
+_FORMULAS = torch_formulas.METHODS | torch_spectral.METHODS
 _SMALL = 1 << 16  # what is merged once, uncounted, before anything is timed
 
 
@@ -51,7 +53,7 @@ def _run(models, way, method, settings, base, count, warm=False, save=None):
       used, method, parameters=settings, base=0 if base else None
     )
   else:
-    formula = torch_formulas.METHODS[method]
+    formula = _FORMULAS[method]
     first, rest = (used[0], used[1:]) if base else (None, used)
     out = {
       name: formula(first and first[name], [m[name] for m in rest], **settings)
