@@ -112,8 +112,8 @@ def _run(closed, arrays, inputs, chosen) -> dict[tuple[int, int], Any]:
     for operand in range(min(2, len(ins))):
       if (number, operand) in chosen:
         taken[number, operand] = ins[operand]
-    functions, params = eqn.primitive.get_bind_params(eqn.params)
-    outs = eqn.primitive.bind(*functions, *ins, **params)
+    # Primitives that hold functions are calls, and calls are written out.
+    outs = eqn.primitive.bind(*ins, **eqn.params)
     return outs if eqn.primitive.multiple_results else [outs]
 
   leaves = jax.tree.leaves((arrays, inputs))

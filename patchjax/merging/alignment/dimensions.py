@@ -10,10 +10,8 @@ made of two (an axis that is cut by a reshape), or to be bound to its order
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
-Factor = "Dimension | int"
 Label = tuple["Dimension | int", ...]
 
 
@@ -196,8 +194,3 @@ def _join(a: Dimension | int, b: Dimension | int) -> Dimension | int:
     b.parent = a
     a.reason, a.doubt = a.reason or b.reason, a.doubt or b.doubt
   return a
-
-
-def product(label: Label) -> int:
-  """Returns the size of an axis."""
-  return math.prod(map(size_of, label))

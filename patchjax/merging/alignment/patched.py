@@ -84,9 +84,17 @@ def _code(spec, permutations, axes: Sequence[specs.Axis], code: Code) -> Code:
     case Sparse() if code.indices.ndim == 1:
       return _sparse(spec, permutations, axes, code)
   values: Any = code.dense()
-  if values.shape != tuple(_size(spec, axis) for axis in axes):
-    values = _spread(spec, permutations, axes, values)
-  return Dense(specs.permuted_leaf(spec, permutations, axes, values))
+  # An axis of size 1 stands for equal numbers, in any order.
+  own = [
+    (1,) if size == 1 else axis
+    for size, axis in zip(values.shape, axes, strict=True)
+  ]
+  if not _whole(spec, permutations, own):
+    own = axes
+    values = np.broadcast_to(
+      np.asarray(values), [_size(spec, axis) for axis in axes]
+    )
+  return Dense(specs.permuted_leaf(spec, permutations, own, values))
 
 
 def _whole(spec, permutations, axes) -> bool:
@@ -100,17 +108,6 @@ def _whole(spec, permutations, axes) -> bool:
 def _size(spec, axis: specs.Axis) -> int:
   sizes = (spec.dimensions[f].size if isinstance(f, str) else f for f in axis)
   return int(np.prod([1, *sizes]))
-
-
-def _spread(spec, permutations, axes, values):
-  """Writes out axes of equal numbers, if an order within them is needed."""
-  shape = [
-    size
-    if size == 1 and not _moves(permutations, [axis])
-    else _size(spec, axis)
-    for size, axis in zip(values.shape, axes, strict=True)
-  ]
-  return np.broadcast_to(np.asarray(values), shape)
 
 
 def _sparse(spec, permutations, axes, code: Sparse) -> Code:

@@ -1,0 +1,348 @@
+"""What may be permuted: inferred, given, checked, refused, applied."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import patchjax as pj
+from patchjax import patches as codes
+from patchjax.merging import alignment
+from patchjax.merging.alignment import infer_permutations
+from patchjax.trees.errors import (
+  MismatchError,
+  NonFiniteError,
+  StructureError,
+)
+from tests.merging import networks
+from tests.merging.networks import drawn
+
+# By hand: for each dimension that moves, where it is; and what it is within.
+EXPECTED = {
+  networks.mlp: [("b0:0 w0:1 w1:0", ""), ("b1:0 w1:1 w2:0", "")],
+  networks.residual: [
+    ("down:0 up:1 up_bias:0", ""),
+    ("down:1 in:1 out:0 up:0", ""),
+  ],
+  networks.norm_mlp: [
+    ("bias:0 down:1 in:1 out:0 scale:0 up:0", ""),
+    ("down:0 up:1", ""),
+  ],
+  networks.attention: [
+    ("in:1 k:0 o:1 out:0 q:0 v:0", ""),
+    ("k:1 kb:0 o:0 q:1 qb:0 v:1 vb:0", ""),
+    ("k:1 kb:0 q:1 qb:0", "heads"),
+    ("o:0 v:1 vb:0", "heads"),
+  ],
+  networks.stacked: [
+    ("down:1 up:2", "layers"),
+    ("down:2 in:1 out:0 up:1", ""),
+  ],
+  networks.conv: [("b0:0 c0:3 c1:2 each:3", ""), ("c1:3 out:0", "")],
+  networks.tagged: [("embed:1 w:0", ""), ("out:0 w:1", "")],
+}
+SPECS = {}
+
+
+def spec_of(network):
+  if network not in SPECS:
+    params = drawn(networks.SHAPES[network])
+    SPECS[network] = infer_permutations(
+      network, params, networks.inputs(network)
+    )
+  return SPECS[network]
+
+
+def places(spec, name):
+  return " ".join(
+    f"{leaf}:{i}"
+    for leaf, axes in spec.axes.items()
+    for i, axis in enumerate(axes)
+    if name in axis
+  )
+
+
+@pytest.mark.parametrize("network", EXPECTED, ids=lambda f: f.__name__)
+def test_dimensions_are_those_found_by_hand(network):
+  spec = spec_of(network)
+  outer = {"": 0, "heads": networks.HEADS, "layers": 3}
+  found = {
+    (places(spec, name), spec.dimensions[name].within) for name in spec.moving
+  }
+  sizes = {
+    (where, sum(spec.dimensions[d].size for d in within))
+    for where, within in found
+  }
+  assert sizes == {(where, outer[kind]) for where, kind in EXPECTED[network]}
+  assert spec.error < 1e-5
+
+
+@pytest.mark.parametrize("network", EXPECTED, ids=lambda f: f.__name__)
+def test_a_planted_permutation_is_found(network):
+  a, spec = drawn(networks.SHAPES[network]), spec_of(network)
+  planted = alignment.random_permutations(spec, 5)
+  b = pj.merging.permute(spec, planted, a)
+  assert any((a[name] != b[name]).any() for name in a)
+  found = pj.merging.weight_matching(spec, a, b)
+  back = pj.merging.permute(spec, found, b)
+  for name in a:
+    np.testing.assert_array_equal(back[name], a[name])
+  both = alignment.composed(spec, planted, found)
+  for table in both.values():
+    assert (table == np.arange(table.shape[-1])).all()
+
+
+@pytest.mark.parametrize(
+  "network",
+  [networks.mlp, networks.norm_mlp, networks.attention, networks.conv],
+  ids=lambda f: f.__name__,
+)
+def test_a_planted_permutation_is_found_by_activations(network):
+  a, spec = drawn(networks.SHAPES[network]), spec_of(network)
+  b = pj.merging.permute(spec, alignment.random_permutations(spec, 6), a)
+  x = networks.inputs(network, 3)
+  x = np.concatenate([x, 2 * x[:, ::-1]])
+  found = pj.merging.activation_matching(spec, network, a, b, x)
+  back = pj.merging.permute(spec, found, b)
+  for name in a:
+    np.testing.assert_array_equal(back[name], a[name])
+
+
+def test_align_keeps_the_function():
+  a, b = (drawn(networks.SHAPES[networks.mlp], seed) for seed in (0, 1))
+  x = networks.inputs(networks.mlp)
+  spec = spec_of(networks.mlp)
+  for by in ("weights", "activations"):
+    found = pj.merging.align(networks.mlp, a, b, x, by=by, spec=spec)
+    before, after = (networks.mlp(p, x) for p in (b, found.params))
+    np.testing.assert_allclose(before, after, rtol=1e-4, atol=1e-4)
+    assert found.agreement[1] > found.agreement[0]
+
+
+def test_one_hidden_layer_is_matched_optimally():
+  from scipy.optimize import linear_sum_assignment
+
+  def net(p, x):
+    return jnp.tanh(x @ p["w0"]) @ p["w1"]
+
+  shapes = {"w0": (3, 7), "w1": (7, 2)}
+  a, b = drawn(shapes, 0), drawn(shapes, 1)
+  spec = infer_permutations(net, a, np.ones((2, 3), np.float32))
+  found = pj.merging.weight_matching(spec, a, b)
+  likeness = a["w0"].T @ b["w0"] + a["w1"] @ b["w1"].T
+  _, best = linear_sum_assignment(likeness, maximize=True)
+  assert found["w0:1"].tolist() == best.tolist()
+
+
+def coded(rng, kind, shape):
+  """A code of a delta for a leaf of some shape."""
+  full = np.float32(rng.standard_normal(shape))
+  if kind == "sparse":
+    places = np.sort(rng.choice(full.size, full.size // 3, replace=False))
+    return codes.Sparse(full.ravel()[places], places.astype(np.int32), shape)
+  if kind == "low rank" and len(shape) == 2:
+    a = np.float32(rng.standard_normal((shape[0], 2)))
+    b = np.float32(rng.standard_normal((2, shape[1])))
+    return codes.LowRank(a, b, np.float32(0.5))
+  if kind == "quantized":
+    words = rng.integers(-8, 8, shape).astype(np.int8)
+    scales = np.ones([1] * len(shape), np.float32)
+    return codes.Quantized(words, scales, 4, shape)
+  if kind == "one axis" and len(shape) == 2:
+    return codes.Dense(full[:, :1])
+  return codes.Dense(full)
+
+
+@pytest.mark.parametrize(
+  "kind", ["dense", "sparse", "low rank", "quantized", "one axis"]
+)
+def test_patches_go_along(kind):
+  rng = np.random.default_rng(0)
+  network = networks.attention
+  spec = spec_of(network)
+  planted = alignment.random_permutations(spec, 2)
+  leaves = {
+    name: codes.Delta(coded(rng, kind, shape), "add")
+    for name, shape in networks.SHAPES[network].items()
+  }
+  turned = pj.merging.permute_patch(spec, planted, pj.Patch(leaves))
+  for name, shape in networks.SHAPES[network].items():
+    full = np.broadcast_to(leaves[name].code.dense(), shape)
+    expected = pj.merging.alignment.specs.permuted_leaf(
+      spec, planted, spec.axes[name], full
+    )
+    code = turned.deltas[name].code
+    found = np.broadcast_to(code.dense(), shape)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    if kind != "quantized":
+      assert type(code) is type(leaves[name].code)
+    if kind == "sparse":
+      assert (np.diff(code.indices) > 0).all()
+    if kind == "one axis" and name in ("in", "q"):
+      assert code.shape == (shape[0], 1)
+  gone = pj.Patch({"q": pj.patches.Delete()})
+  with pytest.raises(StructureError, match="cannot be permuted"):
+    pj.merging.permute_patch(spec, planted, gone)
+
+
+def test_sharded_leaves_stay_where_they_are(mesh_explicit):
+  P = jax.sharding.PartitionSpec
+  spec = spec_of(networks.mlp)
+  a = drawn(networks.SHAPES[networks.mlp])
+  planted = alignment.random_permutations(spec, 0)
+  expected = pj.merging.permute(spec, planted, a)["w1"]
+  place = jax.sharding.NamedSharding(mesh_explicit, P("x", "y"))
+  there = a | {"w1": jax.device_put(a["w1"], place)}
+  found = pj.merging.permute(spec, planted, there)["w1"]
+  assert found.sharding == place
+  np.testing.assert_array_equal(found, expected)
+
+
+def test_grouped_heads_rotations_and_experts():
+  """Queries in groups that share keys; halves that are rotated; experts."""
+
+  def net(p, x):
+    q = (x @ p["q"]).reshape(*x.shape[:-1], 2, 3, 4)  # groups, heads, numbers
+    k = (x @ p["k"]).reshape(*x.shape[:-1], 2, 4)
+    first, last = jnp.split(k, 2, axis=-1)
+    k = jnp.concatenate([-last, first], axis=-1)
+    scores = jnp.einsum("bthid,bshd->bhits", q, k)
+    v = (x @ p["v"]).reshape(*x.shape[:-1], 2, 4)
+    y = jnp.einsum("bhits,bshd->bthid", jax.nn.softmax(scores), v)
+    y = y.reshape(*x.shape[:-1], -1) @ p["o"]
+    share = jax.nn.softmax(y @ p["router"])
+    top = jnp.argmax(share, -1)
+    share = share * jax.nn.one_hot(top, 5, dtype=share.dtype)
+    hidden = jax.nn.relu(jnp.einsum("btd,edf->btef", y, p["up"]))
+    return jnp.einsum("btef,efd,bte->btd", hidden, p["down"], share)
+
+  params = drawn(
+    {
+      "q": (6, 24),
+      "k": (6, 8),
+      "v": (6, 8),
+      "o": (24, 6),
+      "router": (6, 5),
+      "up": (5, 6, 7),
+      "down": (5, 7, 6),
+    }
+  )
+  spec = infer_permutations(net, params, drawn({"x": (2, 3, 6)}, 1)["x"])
+  found = {
+    places(spec, d): [places(spec, o) for o in spec.dimensions[d].within]
+    for d in spec.moving
+  }
+  groups = "k:1 o:0 q:1 v:1"
+  assert found == {
+    groups: [],
+    "o:0 q:1": [groups],  # heads, in each group
+    "o:0 v:1": [groups],  # numbers of values; of keys they are rotated
+    "down:1 up:2": ["down:0 router:1 up:0"],  # units, in each expert
+    "o:1 router:0 up:1": [],
+  }
+  assert "split" in spec.reasons["k:1.1"]
+  assert "argmax" in spec.reasons["router:1"]
+
+
+def test_a_norm_shared_by_heads_binds_their_numbers_together():
+  def net(p, x):
+    y = (x @ p["w"]).reshape(*x.shape[:-1], 3, 4)
+    y = jnp.tanh(y) * jnp.broadcast_to(p["scale"], y.shape)
+    return y.reshape(*x.shape[:-1], 12) @ p["out"]
+
+  params = drawn({"w": (5, 12), "scale": (4,), "out": (12, 2)})
+  spec = infer_permutations(net, params, np.ones((2, 5), np.float32))
+  assert [spec.dimensions[d].within for d in spec.moving if d == "out:0.1"] == [
+    ()
+  ]
+  # Heads, for each of their numbers: either may be the outer one, if not both.
+  assert [spec.table(d) for d in spec.moving] == [(4, 3), (4,)]
+
+
+def unknown(p, x):
+  return jnp.linalg.qr((x @ p["a"]).T)[0] @ p["b"]
+
+
+def test_refuses_what_has_no_rule_by_name():
+  params, x = drawn({"a": (4, 6), "b": (3, 6)}), np.ones((3, 4), np.float32)
+  with pytest.raises(StructureError, match=r"qr|householder|geqrf") as error:
+    infer_permutations(unknown, params, x)
+  assert "a:1" in str(error.value) and "on_doubt='fix'" in str(error.value)
+  with pytest.raises(StructureError, match="no hidden dimension"):
+    infer_permutations(unknown, params, x, on_doubt="fix")
+
+
+def test_refuses_wrong_specs_by_name():
+  network = networks.mlp
+  params, x = drawn(networks.SHAPES[network]), networks.inputs(network)
+  right = {
+    "w0": (None, "one"),
+    "b0": ("one",),
+    "w1": ("one", "two"),
+    "b1": ("two",),
+    "w2": ("two", None),
+  }
+  spec = pj.merging.given_permutations(right, network, params, x)
+  assert spec.moving == ("one", "two")
+  wrong = {k: v for k, v in right.items() if k != "b1"}
+  with pytest.raises(MismatchError, match="two, in w1, w2") as error:
+    pj.merging.given_permutations(wrong, network, params, x)
+  assert "one" not in str(error.value)
+  with pytest.raises(MismatchError, match="one is 24 and 20"):
+    pj.merging.given_permutations(right | {"b1": ("one",)}, network, params, x)
+  with pytest.raises(StructureError, match="no leaf is named"):
+    pj.merging.given_permutations({"nope": (None,)}, network, params, x)
+  with pytest.raises(StructureError, match="what a dimension lies within"):
+    pj.merging.given_permutations(
+      right, network, params, x, within={"two": ["three"]}
+    )
+  unchecked = alignment.PermutationSpec(spec.dimensions, spec.axes)
+  with pytest.raises(StructureError, match="was not checked"):
+    pj.merging.weight_matching(unchecked, params, params)
+
+
+def test_heads_can_be_given():
+  network = networks.attention
+  params, x = drawn(networks.SHAPES[network]), networks.inputs(network)
+  spec = pj.merging.given_permutations(
+    {
+      "q": (None, ("heads", 4)),
+      "qb": (("heads", 4),),
+      "k": (None, ("heads", 4)),
+      "kb": (("heads", 4),),
+      "v": (None, ("heads", "each")),
+      "vb": (("heads", "each"),),
+      "o": (("heads", "each"), None),
+    },
+    network,
+    params,
+    x,
+    within={"each": ["heads"]},
+  )
+  assert spec.table("each") == (3, 4)
+
+
+def test_refuses_what_does_not_fit():
+  spec = spec_of(networks.mlp)
+  params = drawn(networks.SHAPES[networks.mlp])
+  with pytest.raises(MismatchError, match="not every unit occurs once"):
+    pj.merging.permute(spec, {"b0:0": np.zeros(24, np.int32)}, params)
+  with pytest.raises(MismatchError, match="no dimension of the model"):
+    pj.merging.permute(spec, {"w0:0": np.arange(10)}, params)
+  with pytest.raises(MismatchError, match=r"w1: expected shape \(24, 20\)"):
+    pj.merging.permute(spec, {}, params | {"w1": params["w1"].T})
+  with pytest.raises(MismatchError, match="b0: missing"):
+    pj.merging.permute(spec, {}, {k: params[k] for k in ("w0", "w1")})
+  bad = params | {"w0": np.full_like(params["w0"], np.nan)}
+  with pytest.raises(NonFiniteError, match="nothing can be checked"):
+    infer_permutations(networks.mlp, bad, networks.inputs(networks.mlp))
+  spec = spec_of(networks.stacked)
+  stacked = drawn(networks.SHAPES[networks.stacked])
+  with pytest.raises(StructureError, match="match by weights"):
+    pj.merging.activation_matching(
+      spec,
+      networks.stacked,
+      stacked,
+      stacked,
+      networks.inputs(networks.stacked),
+    )
