@@ -244,6 +244,28 @@ def test_grouped_heads_rotations_and_experts():
   assert "argmax" in spec.reasons["router:1"]
 
 
+def test_the_sentence_encoder():
+  from patchjax.demo import model
+
+  shape = model.Shape(20, 8, 12, 16, layers=2, heads=3)
+  params = model.initial(jax.random.key(0), shape)
+  ids = np.random.default_rng(0).integers(0, 20, (2, 5)).astype(np.int32)
+
+  def encode(p, ids):
+    return model.encode(p, ids, ids > 2, heads=3)
+
+  spec = infer_permutations(encode, params, ids)
+  tables = sorted(spec.table(d) for d in spec.moving)
+  assert tables == sorted([(3,), (3, 4), (3, 4), (16,)] * 2)
+  assert "output" in spec.reasons["embed/word:1"]
+  assert "gather" in spec.reasons["embed/word:0"]
+  planted = alignment.random_permutations(spec, 1)
+  other = pj.merging.permute(spec, planted, params)
+  found = pj.merging.align(encode, params, other, ids, spec=spec)
+  for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(found.params)):
+    np.testing.assert_array_equal(x, y)
+
+
 def test_a_norm_shared_by_heads_binds_their_numbers_together():
   def net(p, x):
     y = (x @ p["w"]).reshape(*x.shape[:-1], 3, 4)
