@@ -16,6 +16,7 @@ from patchjax.trees.errors import (
 )
 from tests.merging import networks
 from tests.merging.networks import drawn
+from tests.reference import merging_alignment
 
 # By hand: for each dimension that moves, where it is; and what it is within.
 EXPECTED = {
@@ -132,6 +133,33 @@ def test_one_hidden_layer_is_matched_optimally():
   likeness = a["w0"].T @ b["w0"] + a["w1"] @ b["w1"].T
   _, best = linear_sum_assignment(likeness, maximize=True)
   assert found["w0:1"].tolist() == best.tolist()
+
+
+@pytest.mark.parametrize(
+  "network", [networks.mlp, networks.norm_mlp], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_weight_matching_is_the_algorithm_of_the_paper(network, seed):
+  a, b = (drawn(networks.SHAPES[network], i) for i in (seed, seed + 10))
+  spec = spec_of(network)
+  rng = np.random.default_rng(seed)
+  axes = {
+    leaf: tuple(f if isinstance(f, str) else None for (f,) in own)
+    for leaf, own in spec.axes.items()
+  }
+  expected, total = merging_alignment.weight_matching(
+    axes,
+    a,
+    b,
+    lambda _: [spec.moving[i] for i in rng.permutation(len(spec.moving))],
+  )
+  found = pj.merging.weight_matching(spec, a, b, seed=seed)
+  for name in spec.moving:
+    assert found[name].tolist() == expected[name].tolist()
+  back = pj.merging.permute(spec, found, b)
+  np.testing.assert_allclose(
+    sum(np.vdot(a[name], back[name]) for name in a), total, rtol=1e-5
+  )
 
 
 def coded(rng, kind, shape):

@@ -17,7 +17,7 @@ from patchjax.merging.alignment import (
   specs,
 )
 from patchjax.merging.inputs import is_float
-from patchjax.trees.errors import MismatchError
+from patchjax.trees.errors import MismatchError, NonFiniteError
 from patchjax.trees.names import named_leaves
 
 
@@ -140,6 +140,7 @@ def weight_matching(
 
   Raises:
     MismatchError: if leaves do not fit; lists them.
+    NonFiniteError: if a leaf holds NaN or Inf.
     StructureError: if the spec was not checked.
 
   Example:
@@ -217,11 +218,21 @@ def _floats(spec: specs.PermutationSpec, tree: Any) -> Mapping[str, np.ndarray]:
   named = named_leaves(tree)
   specs.check_leaves(spec, named)
   moving = set(spec.moving)
-  return {
+  found = {
     name: np.asarray(named[name])
     for name, axes in spec.axes.items()
     if is_float(named[name]) and any(moving & set(axis) for axis in axes)
   }
+  bad = [
+    name
+    for name, x in found.items()
+    if not np.isfinite(x.astype(np.promote_types(x.dtype, np.float32))).all()
+  ]
+  if bad:
+    raise NonFiniteError(
+      f"units cannot be matched by NaN or Inf, found in {', '.join(bad)}"
+    )
+  return found
 
 
 def _check_function(apply_fn, params, moved, inputs) -> None:

@@ -38,8 +38,8 @@ rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin
 sinh sqrt square sub tan tanh xor zeta
 """
 _SAME = """
-copy copy_p device_put optimization_barrier pcast pvary sharding_constraint
-stop_gradient
+copy copy_p device_put mesh_cast optimization_barrier pcast pvary reshard
+sharding_constraint stop_gradient
 """
 _REDUCTIONS = """
 reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from patchjax.merging import inputs, running
+from patchjax.patches.patch import Patch
 from patchjax.patches.transform import Transform
 from patchjax.trees.dtypes import is_array
 from patchjax.trees.errors import NonFiniteError, StructureError
@@ -144,6 +145,8 @@ def check_inputs(base: Any, contributors: Sequence[Any], only: Any) -> None:
   """
   if not contributors:
     raise StructureError("there is nothing to merge: contributors is empty")
+  if base is None and any(isinstance(c, Patch) for c in contributors):
+    raise StructureError("a patch is a change of its base: give the base")
   named = named_leaves(contributors[0] if base is None else base)
   sources = inputs.sources_of(named, contributors, same=True)
   floats = inputs.floats_of(named, only)
