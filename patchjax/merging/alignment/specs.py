@@ -261,8 +261,11 @@ def composed(
 
   Args:
     spec: of the model.
-    first: done first, for all dimensions.
-    then: done after; those left out stay.
+    first: done first; dimensions left out stay.
+    then: done after; dimensions left out stay.
+
+  Returns:
+    One for each dimension.
 
   Example:
     >>> spec = PermutationSpec({"w:0": Hidden(3)}, {"w": (("w:0",),)})
@@ -275,7 +278,7 @@ def composed(
     name: permuted_array(
       spec, then, (*spec.dimensions[name].within, name), table
     )
-    for name, table in first.items()
+    for name, table in (identities(spec) | first).items()
   }
 
 

@@ -1,0 +1,145 @@
+"""Networks drawn at random: what is inferred holds, or is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from patchjax.merging import alignment
+from patchjax.trees.errors import StructureError
+from tests.merging.networks import normed, plus
+
+
+class Drawn:
+  """A network as a list of layers; parameters are made as it is built."""
+
+  def __init__(self, seed, length):
+    self.rng = np.random.default_rng(seed)
+    self.params = {}
+    self.layers = []
+    self.width = 8
+    self.dense(int(self.rng.choice([12, 24])))
+    for _ in range(length):
+      kind = self.rng.choice(KINDS)
+      getattr(self, kind)()
+    self.dense(3)
+
+  def leaf(self, *shape):
+    name = f"p{len(self.params)}"
+    self.params[name] = np.float32(self.rng.standard_normal(shape))
+    return name
+
+  def dense(self, out=None):
+    out = out or int(self.rng.choice([12, 24, 36]))
+    w, b = self.leaf(self.width, out), self.leaf(out)
+    self.layers.append(lambda p, x: plus(x @ p[w], p[b]))
+    self.width = out
+
+  def shared(self):
+    """The same matrix twice: an axis meets itself."""
+    w = self.leaf(self.width, self.width)
+    self.layers.append(lambda p, x: jnp.tanh(jnp.tanh(x @ p[w]) @ p[w]))
+
+  def elementwise(self):
+    f = [jax.nn.relu, jax.nn.gelu, jnp.tanh, jnp.square][self.rng.integers(4)]
+    self.layers.append(lambda p, x: f(x * np.float32(0.3)))
+
+  def norm(self):
+    scale, bias = self.leaf(self.width), self.leaf(self.width)
+    self.layers.append(lambda p, x: normed(x, p[scale], p[bias]))
+
+  def residual(self):
+    up, down = self.leaf(self.width, 10), self.leaf(10, self.width)
+    self.layers.append(lambda p, x: x + jax.nn.silu(x @ p[up]) @ p[down])
+
+  def gated(self):
+    one, two = (self.leaf(self.width, self.width) for _ in range(2))
+    self.layers.append(
+      lambda p, x: jax.nn.softmax(x @ p[one], axis=-1) * (x @ p[two])
+    )
+
+  def heads(self):
+    """An operation within heads, or between them, or on one of them."""
+    n = int(self.rng.choice([2, 3, 4]))
+    kind = self.rng.choice(["norm", "mix", "each", "swap", "first", "roll"])
+    size = self.width // n
+    mixer = self.leaf(n, n) if kind == "mix" else self.leaf(n, size, size)
+
+    def run(p, x):
+      y = x.reshape(*x.shape[:-1], n, size)
+      if kind == "norm":
+        y = y / (1 + jnp.square(y).sum(-1, keepdims=True))
+      elif kind == "mix":
+        y = jnp.einsum("bnd,nm->bmd", y, p[mixer])
+      elif kind == "each":
+        y = jnp.einsum("bnd,nde->bne", y, p[mixer])
+      elif kind == "swap":
+        y = jnp.swapaxes(y, -1, -2)
+      elif kind == "first":
+        y = y.at[:, 0].mul(np.float32(0.5))
+      else:
+        y = jnp.roll(y, 1, axis=-1)
+      return y.reshape(x.shape)
+
+    self.layers.append(run)
+
+  def scan(self):
+    w = self.leaf(3, self.width, self.width)
+
+    def run(p, x):
+      def step(x, own):
+        return jnp.tanh(x @ own), jnp.square(x).sum()
+
+      x, sizes = jax.lax.scan(step, x, p[w])
+      return x * (1 + 1 / (1 + sizes.sum()))
+
+    self.layers.append(run)
+
+  def joined(self):
+    w = self.leaf(self.width, 4)
+    self.layers.append(lambda p, x: jnp.concatenate([x, x @ p[w]], axis=-1))
+    self.width += 4
+    self.dense(12)
+
+  def pooled(self):
+    w = self.leaf(self.width)
+    self.layers.append(
+      lambda p, x: (
+        x
+        * jax.nn.sigmoid(
+          (x * jnp.broadcast_to(p[w], x.shape)).max(-1, keepdims=True)
+        )
+      )
+    )
+
+  def __call__(self, params, x):
+    for layer in self.layers:
+      x = layer(params, x)
+    return x
+
+
+KINDS = (
+  "dense elementwise norm residual gated heads heads heads scan joined pooled"
+  " shared"
+).split()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_inferred_is_so(seed):
+  network = Drawn(seed, 5)
+  x = np.float32(np.random.default_rng(seed).standard_normal((3, 8)))
+  try:
+    # The function is compared: a wrong rule raises MismatchError here.
+    spec = alignment.infer_permutations(network, network.params, x)
+  except StructureError as error:
+    assert "scatter" in str(error) or "no hidden" in str(error)
+    spec = alignment.infer_permutations(
+      network, network.params, x, on_doubt="fix"
+    )
+  assert spec.error < 1e-3
+  other = alignment.permute(
+    spec, alignment.random_permutations(spec, seed), network.params
+  )
+  y, z = (jax.jit(network)(p, x) for p in (network.params, other))
+  scale = float(np.abs(y).max())
+  np.testing.assert_allclose(y / scale, z / scale, atol=1e-4)
