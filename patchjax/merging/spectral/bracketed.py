@@ -175,8 +175,7 @@ def svc(
   by how much more of each task there is along `u_r` than the task has:
   `s_ri = <a_r, a_ri> / |a_ri|^2` with `a_r = u_r^T merged` and
   `a_ri = u_r^T d_i`. Leaves with fewer than two axes stay as the method
-  merged them. FusionBench's code has another meaning: it takes the tasks' own
-  singular vectors in the place of u_r.
+  merged them.
 
   Args:
     method: the merge that is calibrated, a transform with a reducing step;
@@ -186,7 +185,7 @@ def svc(
       over the number of tasks; from 1 on no value grows.
     formula: "code" (lyymuwu/SVC): a value is divided by
       `max(mean_i s_ri, alpha)` if all `s_ri` are positive, or else kept.
-      "paper" (equation 10): by `mean_i max(s_ri, alpha)`.
+      "paper", and FusionBench's code: by `mean_i max(s_ri, alpha)`.
     layout: which axes of a leaf are outputs: "in_out" of a kernel of flax,
       "out_in" in PyTorch.
     in_axes: see `tsv_m`.

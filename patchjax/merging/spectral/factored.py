@@ -127,8 +127,8 @@ def knots_of_patches(
     >>> patch = pj.Patch({"w": pj.patches.Delta(code, "add")})
     >>> same = pj.merging.knots_of_patches(
     ...     [patch], method=pj.merging.task_arithmetic())
-    >>> np.round(same.deltas["w"].code.dense(), 3).tolist()
-    [[3.0, 4.0, 0.0], [6.0, 8.0, 0.0]]
+    >>> bool(np.allclose(same.deltas["w"].code.dense(), a @ b))
+    True
   """
   inner = ties() if method is None else method
   check_inner("knots_of_patches", inner)
