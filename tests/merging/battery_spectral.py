@@ -9,9 +9,15 @@ from tests.merging.battery import Case
 
 CASES: dict[str, Case] = {
   "tsv_m": Case(
-    {"scale": 0.8}, swept={"scale": 0.5}, exact=False, alone={"scale": 1.0}
+    {"scale": 0.8},
+    swept={"scale": 0.5},
+    exact=False,
+    alone={"scale": 1.0},
+    close=5e-6,
   ),
-  "tsv_m/share": Case({"share": 0.2, "layout": "out_in"}, exact=False),
+  "tsv_m/share": Case(
+    {"share": 0.2, "layout": "out_in"}, exact=False, close=5e-6
+  ),
   "star": Case(
     {"eta": 45.0, "scale": 0.9},
     swept={"eta": 70.0, "scale": 1.0},
@@ -21,8 +27,12 @@ CASES: dict[str, Case] = {
   ),
   "star/each": Case({"eta": [30.0, 60.0, 90.0]}, exact=False),
   "iso_c": Case({"scale": 0.8}, swept={"scale": 1.2}, exact=False),
-  "iso_cts": Case({"scale": 0.8}, swept={"scale": 1.2}, exact=False),
-  "iso_cts/inputs": Case({"common": 0.5, "layout": "out_in"}, exact=False),
+  "iso_cts": Case(
+    {"scale": 0.8}, swept={"scale": 1.2}, exact=False, close=5e-6
+  ),
+  "iso_cts/inputs": Case(
+    {"common": 0.5, "layout": "out_in"}, exact=False, close=5e-6
+  ),
   "wudi": Case(
     {"scale": 0.9},
     swept={"scale": 0.7, "ridge": 0.1},
