@@ -1,6 +1,8 @@
 """Re-Basin on networks that were trained apart."""
 
 import functools
+import importlib.util
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +30,10 @@ def loss(params, x, y):
 
 @functools.cache
 def digits():
-  from sklearn.datasets import load_digits
-
-  found = load_digits()
-  x, y = np.float32(found.data) / 16, found.target.astype(np.int32)
+  # Importing scikit-learn takes longer than all the training here.
+  home = pathlib.Path(importlib.util.find_spec("sklearn").origin).parent
+  rows = np.loadtxt(home / "datasets/data/digits.csv.gz", delimiter=",")
+  x, y = np.float32(rows[:, :-1]) / 16, rows[:, -1].astype(np.int32)
   order = np.random.default_rng(0).permutation(len(y))
   x, y = x[order], y[order]
   return (x[:1400], y[:1400]), (x[1400:], y[1400:])
@@ -45,7 +47,8 @@ def train(params, x, y, key):
     params, state = carry
     rows = jax.random.randint(key, (128,), 0, len(y))
     grads = jax.grad(loss)(params, x[rows], y[rows])
-    updates, state = optimizer.update(grads, state)
+    with jax.numpy_dtype_promotion("standard"):
+      updates, state = optimizer.update(grads, state)
     return (optax.apply_updates(params, updates), state), None
 
   keys = jax.random.split(key, 300)

@@ -113,7 +113,9 @@ def fit_numbers(
   @jax.jit
   def step(numbers, state, arrays, batch):
     now, grads = jax.value_and_grad(value)(numbers, arrays, batch)
-    updates, state = optimizer.update(grads, state, numbers)
+    # optax raises floats to the power of a step count.
+    with jax.numpy_dtype_promotion("standard"):
+      updates, state = optimizer.update(grads, state, numbers)
     numbers = jax.tree.map(lambda x, u: x + u.astype(x.dtype), numbers, updates)
     return now, numbers, state
 
