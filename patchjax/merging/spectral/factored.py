@@ -13,16 +13,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from patchjax.merging import running
 from patchjax.merging.methods.averages import task_arithmetic
 from patchjax.merging.methods.signs import ties
-from patchjax.merging.spectral import matrices as mats
+from patchjax.merging.spectral import factors
 from patchjax.merging.spectral.bracketed import check_inner
-from patchjax.patches import engine, meshes
+from patchjax.patches import engine
 from patchjax.patches.codes import Dense, LowRank
 from patchjax.patches.deltas import Delta
 from patchjax.patches.patch import Patch
@@ -206,129 +205,36 @@ def _between(found: _Factored, middle: Array) -> LowRank:
   """The low-rank code of `left @ middle @ right`."""
   one = jnp.ones((), middle.dtype)
   if found.left is None:
-    return LowRank(middle, found.right, one, found.batch)
-  batch = found.batch
+    like = next(x for x in found.parts if x is not None)
+    return LowRank(
+      factors.placed(factors.same, like, middle), found.right, one, found.batch
+    )
   if middle.shape[-2] <= middle.shape[-1]:
-    b = _after_jit(middle, found.right, batch)
-    return LowRank(found.left, b, one, batch)
-  return LowRank(_before_jit(found.left, middle), found.right, one, batch)
-
-
-def _matrix_factors(code: LowRank) -> tuple[Array, Array]:
-  """Factors `[b, inputs, rank]` and `[b, rank, outputs]`, at least float32."""
-  wide = jnp.promote_types(code.a.dtype, jnp.float32)
-  a, b = jnp.asarray(code.a).astype(wide), jnp.asarray(code.b).astype(wide)
-  scale = jnp.asarray(code.scale).astype(wide)
-  batch = math.prod(code.a.shape[: code.batch])
-  rank = code.rank
-  a = a.reshape(batch, -1, rank) * scale
-  return a, b.reshape(batch, rank, -1)
-
-
-def _basis_of(factors: list[Array], axis: int) -> Array:
-  """Orthonormal columns that span those of all factors (or rows)."""
-  u, _, vt = mats.svd(jnp.concatenate(factors, axis))
-  return u if axis == -1 else vt
+    b = factors.placed(factors.product_after, found.right, middle, found.right)
+    return LowRank(found.left, b, one, found.batch)
+  a = factors.placed(factors.product_before, found.left, found.left, middle)
+  return LowRank(a, found.right, one, found.batch)
 
 
 def _core(codes: tuple[LowRank | None, ...]) -> _Factored:
   held = tuple(code for code in codes if code is not None)
-  like = held[0]
-  batch, outputs = like.batch, like.b.shape[like.batch + 1 :]
-
-  def inputs_basis(held):
-    left = _basis_of([_matrix_factors(code)[0] for code in held], -1)
-    return left.reshape(*like.a.shape[:-1], left.shape[-1])
-
-  def outputs_basis(held):
-    right = _basis_of([_matrix_factors(code)[1] for code in held], -2)
-    return right.reshape(*like.b.shape[:batch], right.shape[-2], *outputs)
-
-  def core(code, left, right):
-    a, b = _matrix_factors(code)
-    p = left.reshape(a.shape[0], -1, left.shape[-1])
-    q = right.reshape(a.shape[0], right.shape[batch], -1)
-    small = mats.dot(
-      mats.dot(mats.transposed(p), a), mats.dot(b, mats.transposed(q))
-    )
-    return small.reshape(*like.a.shape[:batch], *small.shape[1:])
-
-  left = _placed(inputs_basis, like.a, held)
-  right = _placed(outputs_basis, like.b, held)
+  left = factors.placed(factors.inputs_basis, held[0].a, held)
+  right = factors.placed(factors.outputs_basis, held[0].b, held)
   parts = tuple(
-    None if code is None else _whole(core, code, left, right) for code in codes
+    None if code is None else factors.whole(factors.core, code, left, right)
+    for code in codes
   )
-  return _Factored(parts, left, right, batch)
+  return _Factored(parts, left, right, held[0].batch)
 
 
 def _aligned(codes: tuple[LowRank | None, ...], threshold: float) -> _Factored:
   held = tuple(code for code in codes if code is not None)
-  like = held[0]
-  batch, outputs = like.batch, like.b.shape[like.batch + 1 :]
-
-  def directions(held):
-    # The rows of R_i b_i below each other have the singular values of the
-    # products a_i b_i below each other, a_i = Q_i R_i.
-    rows = []
-    for code in held:
-      a, b = _matrix_factors(code)
-      rows.append(mats.dot(jnp.linalg.qr(a, mode="r"), b))
-    _, s, vt = mats.svd(jnp.concatenate(rows, -2))
-    size = max(math.prod(like.a.shape[batch:-1]), vt.shape[-1])
-    least = jnp.maximum(mats.floor_of(s, size), threshold)
-    there = s > least
-    vt = jnp.where(there[..., None], vt, jnp.zeros_like(vt))
-    return vt, jnp.max(jnp.sum(there, -1, dtype=jnp.int32))
-
-  vt, count = _whole(directions, held)
+  vt, count = factors.whole(factors.directions, held, jnp.float32(threshold))
   if not engine.is_traced(count):
     vt = vt[:, : max(int(count), 1)]
-
-  def part(code, vt):
-    a, b = _matrix_factors(code)
-    small = mats.dot(a, mats.dot(b, mats.transposed(vt)))
-    return small.reshape(*like.a.shape[:-1], small.shape[-1])
-
   parts = tuple(
-    None if code is None else _placed(part, code.a, code, vt) for code in codes
+    None if code is None else factors.placed(factors.part, code.a, code, vt)
+    for code in codes
   )
-
-  def right(vt):
-    return vt.reshape(*like.b.shape[:batch], vt.shape[-2], *outputs)
-
-  return _Factored(parts, None, _placed(right, like.b, vt), batch)
-
-
-def _placed(function: Any, like: Array, *args: Any) -> Array:
-  """One array, laid out as a factor is."""
-  like = jnp.asarray(like)
-  return jax.jit(
-    lambda like, *args: meshes.on_leaf_mesh(function, like, *args)
-  )(like, *args)
-
-
-def _whole(function: Any, *args: Any) -> Any:
-  """Small arrays, whole on every device."""
-  return jax.jit(lambda *args: meshes.number_on_mesh(function, *args))(*args)
-
-
-@jax.jit
-def _before_jit(left: Array, middle: Array) -> Array:
-  def product(left, middle):
-    batch = math.prod(middle.shape[:-2])
-    p = left.reshape(batch, -1, left.shape[-1])
-    out = mats.dot(p, middle.reshape(batch, *middle.shape[-2:]))
-    return out.reshape(*left.shape[:-1], middle.shape[-1])
-
-  return meshes.on_leaf_mesh(product, left, left, middle)
-
-
-def _after_jit(middle: Array, right: Array, batch: int) -> Array:
-  def product(middle, right):
-    count = math.prod(middle.shape[:-2])
-    q = right.reshape(count, right.shape[batch], -1)
-    out = mats.dot(middle.reshape(count, *middle.shape[-2:]), q)
-    shape = right.shape[:batch], right.shape[batch + 1 :]
-    return out.reshape(*shape[0], middle.shape[-2], *shape[1])
-
-  return _placed(product, right, middle, right)
+  right = factors.placed(factors.outputs_like, held[0].b, held[0], vt)
+  return _Factored(parts, None, right, held[0].batch)
