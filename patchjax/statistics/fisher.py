@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from patchjax.statistics.streaming import size_of
 from patchjax.trees.dtypes import KINDS, dtype_name, is_array, is_key
 from patchjax.trees.errors import DtypeError, NonFiniteError, StructureError
 from patchjax.trees.names import flatten
@@ -91,23 +92,64 @@ def fisher_diagonal(
     [[0.111 0.111 0.111]
      [0.444 0.444 0.444]] 2
   """
+  check_labels(labels, key)
+  values, n = accumulated(
+    log_prob, params, data, key, labels, only, chunk, "square"
+  )
+  return Fisher(values, n, labels)
+
+
+def check_labels(labels: str, key: Any) -> None:
+  """Raises ValueError for labels that cannot be had.
+
+  Args:
+    labels: see `fisher_diagonal`.
+    key: PRNG key, or None.
+  """
   if labels not in ("sample", "empirical", "exact"):
     raise ValueError(
       f"labels must be 'sample', 'empirical' or 'exact', got {labels!r}"
     )
   if labels == "sample" and key is None:
     raise ValueError("sampled labels need key=jax.random.key(...)")
+
+
+def accumulated(
+  log_prob: Callable[[Any, Any], Array],
+  params: Any,
+  data: Any,
+  key: Array | None,
+  labels: Labels,
+  only: Any,
+  chunk: int,
+  power: Literal["square", "abs"],
+) -> tuple[dict[str, Array], int]:
+  """Returns the mean over examples of a power of their gradients.
+
+  Args:
+    log_prob: see `fisher_diagonal`.
+    params: see `fisher_diagonal`.
+    data: see `fisher_diagonal`.
+    key: see `fisher_diagonal`.
+    labels: see `fisher_diagonal`.
+    only: see `fisher_diagonal`.
+    chunk: see `fisher_diagonal`.
+    power: of each entry of a gradient.
+
+  Returns:
+    `{text name: mean}`, and the number of examples.
+  """
   named, treedef = flatten(params)
   picked = picked_floats(named, only)
-  static = _Static(log_prob, treedef, tuple(named), labels, chunk)
+  static = _Static(log_prob, treedef, tuple(named), labels, chunk, power)
   chosen = {name: named[name] for name in picked}
   rest = {name: leaf for name, leaf in named.items() if name not in chosen}
   total = {name: _zeros(leaf) for name, leaf in chosen.items()}
   n = 0
   batches = data if isinstance(data, Iterator) else iter([data])
   for batch in batches:
-    inputs, targets = _split(batch, labels)
-    size = _size(inputs, targets)
+    inputs, targets = split(batch, labels)
+    size = size_of((inputs, targets))
     if size:
       total = _accumulate(
         static, total, chosen, rest, inputs, targets, key, np.int32(n)
@@ -122,7 +164,7 @@ def fisher_diagonal(
       "the Fisher is NaN or Inf in " + ", ".join(wrong) + "; look at the "
       "model's log-probabilities (log of 0?) or leave the leaves out (only=)"
     )
-  return Fisher(values, n, labels)
+  return values, n
 
 
 def picked_floats(named: dict[str, Any], only: Any) -> tuple[str, ...]:
@@ -164,7 +206,16 @@ def _zeros(leaf: Any) -> Array:
   return jnp.zeros_like(leaf, jnp.float32)
 
 
-def _split(batch: Any, labels: Labels) -> tuple[Any, Any]:
+def split(batch: Any, labels: Labels) -> tuple[Any, Any]:
+  """Returns the inputs of a batch, and its labels or None.
+
+  Args:
+    batch: of the data.
+    labels: where labels come from.
+
+  Raises:
+    ValueError: if the batch should have labels, and is no pair.
+  """
   if labels != "empirical":
     return batch, None
   if not isinstance(batch, tuple | list) or len(batch) != 2:
@@ -173,16 +224,6 @@ def _split(batch: Any, labels: Labels) -> tuple[Any, Any]:
       f"{type(batch).__name__}"
     )
   return batch[0], batch[1]
-
-
-def _size(inputs: Any, targets: Any) -> int:
-  sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves((inputs, targets))}
-  if len(sizes) != 1 or () in sizes:
-    raise ValueError(
-      "the arrays of the data need one first axis, that of the examples; "
-      f"found first axes {sorted(sizes)}"
-    )
-  return sizes.pop()[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +235,7 @@ class _Static:
   names: tuple[str, ...]
   labels: Labels
   chunk: int
+  power: str
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -210,7 +252,7 @@ def _accumulate(static, total, chosen, rest, inputs, targets, key, start):
   def squared(args):
     i, x, y = args
     if static.labels == "exact":
-      return _over_classes(scores, chosen, x)
+      return _over_classes(static.power, scores, chosen, x)
     if static.labels == "sample":
       own = jax.random.fold_in(key, i)
       y = jax.random.categorical(own, jax.lax.stop_gradient(scores(chosen, x)))
@@ -220,7 +262,7 @@ def _accumulate(static, total, chosen, rest, inputs, targets, key, start):
       out = scores(chosen, x)
       return jnp.sum(jnp.take_along_axis(out, y[..., None], axis=-1))
 
-    return _square(jax.grad(log_likelihood)(chosen))
+    return _powers(static.power, jax.grad(log_likelihood)(chosen))
 
   def add(total, args):
     many = jax.vmap(squared)(args)
@@ -240,12 +282,13 @@ def _accumulate(static, total, chosen, rest, inputs, targets, key, start):
   return total
 
 
-def _square(grads: Any) -> Any:
-  return jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), grads)
+def _powers(power: str, grads: Any) -> Any:
+  function = jnp.square if power == "square" else jnp.abs
+  return jax.tree.map(lambda g: function(g.astype(jnp.float32)), grads)
 
 
-def _over_classes(scores, chosen, x):
-  """Returns `sum_c p_c (d log p_c)^2`, one class at a time."""
+def _over_classes(power, scores, chosen, x):
+  """Returns `sum_c p_c |d log p_c|^power`, one class at a time."""
   shape = jax.eval_shape(scores, chosen, x).shape
   if len(shape) != 1:
     raise ValueError(
@@ -257,7 +300,7 @@ def _over_classes(scores, chosen, x):
   def add(total, c):
     grads = jax.grad(lambda p: scores(p, x)[c])(chosen)
     return jax.tree.map(
-      lambda t, g: t + jnp.exp(log_p[c]) * g, total, _square(grads)
+      lambda t, g: t + jnp.exp(log_p[c]) * g, total, _powers(power, grads)
     ), None
 
   zero = jax.tree.map(_zeros, chosen)
