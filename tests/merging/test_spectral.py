@@ -17,7 +17,7 @@ METHODS = {
   "iso_c": m.iso_c(),
   "iso_cts": m.iso_cts(common=0.5),
   "wudi": m.wudi(),
-  "knots": m.knots(method=m.ties(scope="leaf", density=0.5)),
+  "knots": m.knots(method=m.magmax()),
   "svc": m.svc(),
 }
 
@@ -239,7 +239,8 @@ def test_permuted_units_are_merged_to_permuted_units(name):
 @pytest.mark.parametrize("name", ["iso_cts", "wudi", "knots", "svc"])
 def test_layouts_are_transposes(name):
   """Where outputs and inputs are not alike."""
-  options = {"iso_cts": {"common": 0.5}}.get(name, {})
+  options = {"iso_cts": {"common": 0.5}, "knots": {"method": m.magmax()}}
+  options = options.get(name, {})
   make = getattr(m, name)
   tasks = random_tasks()
   plain = merged(tasks, make(**options))
@@ -259,11 +260,6 @@ def test_leading_axes_are_a_batch(name):
   stacked = [np.stack(x) for x in zip(*tasks)]
   base = tree(np.zeros((2, INS, OUTS)))
   found = merged(stacked, METHODS[name], base)
-  if name == "knots":  # its threshold is that of all matrices of the leaf
-    method = m.knots(method=m.task_arithmetic())
-    found = merged(stacked, method, base)
-    np.testing.assert_allclose(found, sum(stacked), atol=5e-6)
-    return
   for x, own in zip(found, tasks, strict=True):
     np.testing.assert_allclose(x, merged(own, METHODS[name]), atol=1e-5)
 
@@ -347,9 +343,6 @@ def test_randomized_is_near_where_spectra_decay():
   found = merged(tasks, m.tsv_m(share=0.125, svd="randomized"), base)
   gap = np.linalg.norm(found - exact) / np.linalg.norm(exact)
   assert 0 < gap < 5e-3
-  exact = merged(tasks, m.star(eta=60.0), base)
-  found = merged(tasks, m.star(eta=60.0, rank=20, svd="randomized"), base)
-  assert np.linalg.norm(found - exact) / np.linalg.norm(exact) < 5e-3
 
 
 def test_scales_are_learned_and_eta_is_not():
