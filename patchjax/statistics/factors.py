@@ -383,7 +383,8 @@ def _add_both(static, totals, arrays, batch, targets, key, start):
     nonlocal wires
     wires = tapping.Wiring.of(static.function, arrays, x).only(static.names)
     out, seen = wires.run(arrays, x, taps=taps)
-    return jax.nn.log_softmax(out.astype(jnp.float32)), seen
+    # Whole on every device: classes are picked one at a time.
+    return number_on_mesh(jax.nn.log_softmax, out.astype(jnp.float32)), seen
 
   def forward(x):
     out, seen = scores(None, x)
@@ -424,7 +425,9 @@ def _add_both(static, totals, arrays, batch, targets, key, start):
 
     return jax.grad(likelihood)(taps)
 
-  index = start + jnp.arange(out.shape[0], dtype=jnp.int32)
+  # Laid out over devices as the examples are.
+  like = jnp.sum(jnp.zeros_like(out, jnp.int32), axis=tuple(range(1, out.ndim)))
+  index = start + jnp.arange(out.shape[0], dtype=jnp.int32) + like
   found = jax.vmap(one)(index, taps, batch, out, targets)
   return (ins, seen.added(outs, found, out=True)), counts
 

@@ -118,6 +118,8 @@ def load(path: str | os.PathLike[str], *, of: Any) -> Any:
   try:
     spelled = json.loads(metadata["statistics"])
     found = _read(path, spelled, header, body)
+  except FormatError:
+    raise
   except (LookupError, TypeError, ValueError, AttributeError) as error:
     raise FormatError(
       f"{path}: the header does not describe a statistic: {error!r:.200}"

@@ -131,7 +131,9 @@ def test_batches_and_chunks_do_not_matter(measure):
 def test_sharded_is_single(mesh, request):
   mesh = request.getfixturevalue(mesh)
   params, x = case(8)
-  single = gram(linear, params, x), kfac(linear, params, x, labels="exact")
+
+  def take(params, data, **labels):
+    return gram(linear, params, data), kfac(linear, params, data, **labels)
 
   def put(x, *spec):
     return jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
@@ -141,12 +143,11 @@ def test_sharded_is_single(mesh, request):
     "b": put(params["b"], "y"),
     "step": params["step"],
   }
-  for data in (x, put(x, "x", None)):
-    found = (
-      gram(linear, split, data),
-      kfac(linear, split, data, labels="exact"),
-    )
-    jax.tree.map(close, found, single)
+  for data, how in (
+    (x, {"labels": "exact"}),
+    (put(x, "x", None), {"key": KEY}),
+  ):
+    jax.tree.map(close, take(split, data, **how), take(params, x, **how))
 
 
 def test_layers_that_are_scanned():

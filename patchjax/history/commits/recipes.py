@@ -234,6 +234,8 @@ def _plain(value: Any) -> Any:
     return {str(key): _plain(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
     return [_plain(item) for item in value]
+  if dataclasses.is_dataclass(value):
+    return _summary(value)
   if not dtypes.is_array(value):
     return value
   found = entry(value)
@@ -241,6 +243,24 @@ def _plain(value: Any) -> Any:
   if found.size > _SPELLED:
     return {**spelled, "digest": found.digest}
   return {**spelled, "words": dtypes.host(value)[0].reshape(-1).tolist()}
+
+
+def _summary(value: Any) -> dict[str, Any]:
+  """Returns numbers by leaf (`PerLeaf`), and statistics in them, by digest."""
+  import hashlib
+
+  import jax
+
+  from patchjax.trees.digest import canonical_json
+
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(value)
+  table = [[jax.tree_util.keystr(path), _plain(x)] for path, x in leaves]
+  spelled = canonical_json([str(treedef), table])
+  return {
+    "dtype": type(value).__name__,
+    "shape": [len(leaves)],
+    "digest": hashlib.sha256(spelled).hexdigest(),
+  }
 
 
 def _restored(value: Any) -> Any:
