@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import html
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -89,6 +89,7 @@ def load(
   *,
   tokens: int,
   most: Mapping[str, int] | None = None,
+  names: Sequence[str] = NAMES,
 ) -> dict[str, Task]:
   """Reads, splits and tokenizes all tasks.
 
@@ -97,6 +98,7 @@ def load(
     tokens: longest text, in tokens; the rest is cut off.
     most: how many texts of a split are wanted at most, by its name; the order
       is that of a hash, so the first ones are a fair sample.
+    names: which tasks.
 
   Returns:
     Task by name.
@@ -104,24 +106,33 @@ def load(
   Raises:
     ImportError: the extra `demo` is not installed.
   """
-  tokenizer = _tokenizer(files["tokenizer.json"], tokens)
+  cutter = tokenizer(files["tokenizer.json"], tokens)
   return {
-    name: build(name, _read(name, files[f"{name}.tsv"]), tokenizer, most)
-    for name in NAMES
+    name: build(name, _read(name, files[f"{name}.tsv"]), cutter, most)
+    for name in names
   }
 
 
-def _tokenizer(path: pathlib.Path, tokens: int) -> "tokenizers.Tokenizer":
+def tokenizer(path: pathlib.Path, tokens: int) -> "tokenizers.Tokenizer":
+  """The model's tokenizer, which cuts and pads to `tokens`.
+
+  Args:
+    path: a tokenizer.json.
+    tokens: how many.
+
+  Raises:
+    ImportError: the extra `demo` is not installed.
+  """
   try:
     import tokenizers
   except ImportError as error:
     raise ImportError(
       "the demo needs the package tokenizers: pip install 'patchjax[demo]'"
     ) from error
-  tokenizer = tokenizers.Tokenizer.from_file(str(path))
-  tokenizer.enable_truncation(tokens)
-  tokenizer.enable_padding(length=tokens)
-  return tokenizer
+  made = tokenizers.Tokenizer.from_file(str(path))
+  made.enable_truncation(tokens)
+  made.enable_padding(length=tokens)
+  return made
 
 
 def _read(name: str, path: pathlib.Path) -> list[tuple[str, str, str]]:
@@ -155,19 +166,24 @@ def build(
   rows: list[tuple[str, str, str]],
   tokenizer: "tokenizers.Tokenizer",
   most: Mapping[str, int] | None = None,
+  *,
+  prompts: Mapping[str, str] | None = None,
 ) -> Task:
   """Splits and tokenizes the rows of one task.
 
   Args:
-    name: one of `NAMES`.
+    name: one of `NAMES`, or with `prompts` any.
     rows: group, class and text of each example; repeated texts count once.
     tokenizer: pads and truncates.
     most: as for `load`.
+    prompts: a sentence for each class; by default those of `NAMES`.
 
   Returns:
     The task.
   """
-  classes = _CLASSES[name]
+  if prompts is None:
+    prompts = {kind: _PROMPT[name].format(kind) for kind in _CLASSES[name]}
+  classes = tuple(prompts)
   unique = {text.lower(): (group, kind, text) for group, kind, text in rows}
   splits: dict[str, list[tuple[str, str]]] = {
     "train": [],
@@ -199,7 +215,7 @@ def build(
   return Task(
     name=name,
     classes=classes,
-    prompts=tokenized([(kind, _PROMPT[name].format(kind)) for kind in classes]),
+    prompts=tokenized(list(prompts.items())),
     **{
       split: tokenized(examples[: (most or {}).get(split)])
       for split, examples in splits.items()

@@ -1,0 +1,119 @@
+"""Methods that read statistics of each specialist on texts of its task.
+
+All are taken over the same training texts, tokens that pad left out; only
+trust region looks at their labels, the others' Fisher informations draw
+labels from the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+import patchjax as pj
+from experiments.merging.problem import Problem
+from patchjax import merging, statistics
+
+
+def _mask(example: tuple[Any, ...]) -> Any:
+  """The weights of the positions of a text."""
+  return example[1]
+
+
+def _key(problem: Problem, number: int) -> jax.Array:
+  return jax.random.fold_in(jax.random.key(problem.seed), number)
+
+
+def _examples(problem: Problem, number: int) -> tuple[Any, ...]:
+  """Token vectors, masks, numbers of the task."""
+  return problem.texts(number)[:3]
+
+
+def _fishers(problem: Problem) -> tuple[statistics.Fisher, ...]:
+  return problem.statistic(
+    "fisher",
+    lambda number: statistics.fisher_diagonal(
+      problem.encoder.answer,
+      problem.models[number],
+      _examples(problem, number),
+      key=_key(problem, number),
+    ),
+  )
+
+
+def _grams(problem: Problem) -> tuple[statistics.Gram, ...]:
+  return problem.statistic(
+    "gram",
+    lambda number: statistics.gram(
+      problem.encoder.answer,
+      problem.models[number],
+      _examples(problem, number),
+      mask=_mask,
+    ),
+  )
+
+
+def _factors(problem: Problem) -> tuple[statistics.KFac, ...]:
+  return problem.statistic(
+    "kfac",
+    lambda number: statistics.kfac(
+      problem.encoder.answer,
+      problem.models[number],
+      _examples(problem, number),
+      key=_key(problem, number),
+      mask=_mask,
+    ),
+  )
+
+
+def _gradients(problem: Problem) -> tuple[dict[str, Any], ...]:
+  return problem.statistic(
+    "gradients",
+    lambda number: statistics.absolute_gradients(
+      problem.encoder.answer,
+      problem.base,
+      (_examples(problem, number), problem.texts(number)[3]),
+    ),
+  )
+
+
+def fisher(problem: Problem, **options: Any) -> Any:
+  """Fisher merging."""
+  method = merging.fisher(fishers=_fishers(problem), **options)
+  return pj.merge(problem.base, problem.patches, method)
+
+
+def regmean(problem: Problem, **options: Any) -> Any:
+  """RegMean."""
+  method = merging.regmean(grams=_grams(problem), **options)
+  return pj.merge(problem.base, problem.patches, method)
+
+
+def regmean_plus_plus(problem: Problem, **options: Any) -> Any:
+  """RegMean++; its Gram matrices are taken anew, and part of its cost."""
+  return merging.regmean_plus_plus(
+    problem.encoder.answer,
+    problem.models,
+    [_examples(problem, number) for number in range(len(problem.patches))],
+    mask=_mask,
+    **options,
+  )
+
+
+def mats(problem: Problem, *, start: str) -> Any:
+  """MaTS on Kronecker factors, from the mean or from task arithmetic."""
+  init = None
+  if start == "task_arithmetic":
+    plain = merging.task_arithmetic(scale=0.3)
+    init = pj.merge(problem.base, problem.patches, plain)
+  method = merging.mats(statistics=_factors(problem), init=init)
+  return pj.merge(problem.base, problem.patches, method)
+
+
+def trust_region(problem: Problem, *, data: bool, **options: Any) -> Any:
+  """TATR, with gradients on data, or with task vectors in their place."""
+  method = merging.trust_region(
+    gradients=_gradients(problem) if data else None, scale=1.0, **options
+  )
+  return pj.merge(problem.base, problem.patches, method)
