@@ -9,9 +9,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from patchjax.merging import varying
 from patchjax.merging.conflict import sums
-from patchjax.merging.varying import keep_varied
-from patchjax.patches import transform
+from patchjax.patches import shares, transform
 
 
 def weigh_by_energy(
@@ -31,35 +31,46 @@ def weigh_by_energy(
       equal if they sum to less than 1e-6, and sums of them that divide are at
       least 1e-6 after they were normalized.
   """
-  paper = flavour == "paper"
-  return transform.chain(
-    keep_varied(density=density, beside=paper),
-    transform.Transform.of(_ENERGY, {}, flavour=flavour),
-  )
+  if isinstance(density, int | float):
+    shares.check_density(density)
+  return transform.Transform.of(_ENERGY, {"density": density}, flavour=flavour)
 
 
 def _start(state, shapes, k, *, flavour):
-  del state, shapes, flavour
-  return np.zeros(k, np.float32)
+  del flavour
+  return (*varying.start(state, shapes, k), np.zeros(k, np.float32))
 
 
-def _reduce(leaf, deltas, state, carry, *, flavour):
+def _energies(leaf, keys, deltas, state, carry, *, flavour):
   del state, flavour
-  # What was selected comes first; the whole task vectors may come after.
-  squares = [jnp.square(d) for d in deltas[: len(carry)]]
+  kept = varying.kept_of(leaf, deltas, carry, keys)
+  squares = [jnp.square(d) for d in kept]
   return sums.totals(squares, local=leaf.local).astype(jnp.float32)
 
 
-def _finish(total, carry):
-  del carry
-  return total, jnp.asarray(True)
+def _weighed(total, carry):
+  *others, _ = carry
+  return (*others, total), jnp.asarray(True)
 
 
-def _update(leaf, deltas, base, state, energies, *, flavour):
+def _always(carry):
+  # True, but not to the compiler. It then cannot take the pass for a part of
+  # the program around it, compute the keys anew and not in vectors.
+  return carry[0] > jnp.float32(0)
+
+
+_COUNTS = (
+  *varying.COUNTS,
+  transform.Count(_energies, _weighed, once=True, beside=True, needed=_always),
+)
+
+
+def _update(leaf, deltas, base, state, carry, *, flavour):
   del base, state
   mergekit = flavour == "mergekit"
-  deltas = deltas[-len(energies) :]
-  energies = energies * jnp.float32(1 / max(math.prod(leaf.shape), 1))
+  if mergekit:
+    deltas = varying.kept_of(leaf, deltas, carry)
+  energies = carry[-1] * jnp.float32(1 / max(math.prod(leaf.shape), 1))
   total = jnp.sum(energies)
   some = total >= jnp.float32(1e-6) if mergekit else total > jnp.float32(0)
   equal = jnp.full_like(energies, 1 / len(deltas))
@@ -83,7 +94,8 @@ _ENERGY = transform.register_step(
     name="weigh_by_energy",
     update=_update,
     start=_start,
-    counts=transform.one_count(_reduce, _finish, once=True),
+    counts=lambda **_: _COUNTS,
+    kept=varying.keys,
     reducing=True,
     scope=lambda **_: "leaf",
   )

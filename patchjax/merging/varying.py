@@ -19,7 +19,7 @@ from patchjax.patches import (
 )
 
 
-def keep_varied(*, density: Any, beside: bool = False) -> transform.Transform:
+def keep_varied(*, density: Any) -> transform.Transform:
   """Returns the step that keeps entries of large variance over contributors.
 
   The first step of SCE (Wan et al. 2024, https://arxiv.org/abs/2408.07990,
@@ -30,8 +30,6 @@ def keep_varied(*, density: Any, beside: bool = False) -> transform.Transform:
   Args:
     density: share that is kept, in (0, 1]; one number; traced; has no
       derivative.
-    beside: whether the whole task vectors go on beside what is kept of them:
-      k arrays, and then k more, for a next step that needs both.
 
   Raises:
     SelectionError: if the density is outside (0, 1].
@@ -46,7 +44,7 @@ def keep_varied(*, density: Any, beside: bool = False) -> transform.Transform:
   """
   if isinstance(density, int | float):
     shares.check_density(density)
-  return transform.Transform.of(_VARIED, {"density": density}, beside=beside)
+  return transform.Transform.of(_VARIED, {"density": density})
 
 
 def variance(deltas: tuple[Any, ...]) -> Any:
@@ -65,14 +63,17 @@ def variance(deltas: tuple[Any, ...]) -> Any:
   return transform.rounded(functools.reduce(jnp.add, squares) * part)
 
 
-def _keys(deltas):
+def keys(leaf, deltas, state, **options):
+  """Returns the keys that entries are cut by: of their variances."""
+  del leaf, state, options
   if len(deltas) == 1:
-    return jnp.zeros(deltas[0].shape, jnp.uint32)
-  return ordering.magnitude_keys(variance(deltas))
+    return (jnp.zeros(deltas[0].shape, jnp.uint32),)
+  return (ordering.magnitude_keys(variance(deltas)),)
 
 
-def _start(state, shapes, k, *, beside):
-  del k, beside
+def start(state, shapes, k, **options):
+  """Returns the first carry: the share that is kept, and the search."""
+  del k, options
   (shape,) = shapes
   share = shares.selecting(jnp.asarray(state["density"]).astype(jnp.float32))
   # The rank of all entries, until it is known how many of them vary.
@@ -81,41 +82,29 @@ def _start(state, shapes, k, *, beside):
   return share, selection.stacked([search])
 
 
-def _kept(leaf, deltas, state, *, beside):
-  del leaf, state, beside
-  return (_keys(deltas),)
-
-
-def _vary(leaf, kept, state, carry, *, beside):
-  del state, carry, beside
-  (keys,) = kept
-  counts = counting.count_true((keys > jnp.uint32(0),), local=leaf.local)
+def _vary(leaf, kept, state, carry, **options):
+  del state, carry, options
+  (found,) = kept
+  counts = counting.count_true((found > jnp.uint32(0),), local=leaf.local)
   return counts[:, 0]
 
 
 def _ranked(vary, carry):
-  share, (search,) = carry
+  share, (search,), *others = carry
   rank = ranks.part(share, counting.carried(vary))
   search = selection.of_rank(search, rank)
-  return (share, selection.stacked([search])), jnp.asarray(True)
-
-
-def _counts(*, beside):
-  del beside
-  return (
-    transform.Count(_vary, _ranked, once=True),
-    *map(_counted, narrowing.rounds(exact=True)),
-  )
+  return (share, selection.stacked([search]), *others), jnp.asarray(True)
 
 
 def _counted(kind: narrowing.Round) -> transform.Count:
-  def reduce(leaf, kept, state, carry, *, beside):
-    del state, beside
+  def reduce(leaf, kept, state, carry, **options):
+    del state, options
     return kind.count(kept, leaf, carry[1])
 
   def finish(total, carry):
-    searches, done = kind.after(total, carry[1])
-    return (carry[0], searches), done
+    share, searches, *others = carry
+    searches, done = kind.after(total, searches)
+    return (share, searches, *others), done
 
   def needed(carry):
     return kind.needed(carry[1])
@@ -123,22 +112,43 @@ def _counted(kind: narrowing.Round) -> transform.Count:
   return transform.Count(reduce, finish, needed=needed)
 
 
-def _update(leaf, deltas, base, state, carry, *, beside):
-  del base, state
-  share, (search,) = carry
-  keep = selection.keep_keys(_keys(deltas), leaf, search)
+COUNTS = (
+  # In a loop, if only of one pass: before it the keys are computed and stored,
+  # outside they would be computed again.
+  transform.Count(_vary, _ranked),
+  *map(_counted, narrowing.rounds(exact=True)),
+)
+"""What finds the cut; carries may hold more than `start` makes."""
+
+
+def kept_of(leaf, deltas, carry, found=None):
+  """Returns task vectors without the entries that vary too little.
+
+  Args:
+    leaf: where they are.
+    deltas: task vectors, one a contributor.
+    carry: what was counted.
+    found: `keys` of them, where they are at hand.
+  """
+  share, (search,), *_ = carry
+  (key,) = keys(leaf, deltas, None) if found is None else found
+  keep = selection.keep_keys(key, leaf, search)
   keep = keep | (share >= jnp.float32(1))
-  kept = tuple(jnp.where(keep, d, jnp.zeros_like(d)) for d in deltas)
-  return (*kept, *deltas) if beside else kept
+  return tuple(jnp.where(keep, d, jnp.zeros_like(d)) for d in deltas)
+
+
+def _update(leaf, deltas, base, state, carry):
+  del base, state
+  return kept_of(leaf, deltas, carry)
 
 
 _VARIED = transform.register_step(
   transform.Step(
     name="keep_varied",
     update=_update,
-    start=_start,
-    counts=_counts,
-    kept=_kept,
-    scope=lambda **_: "leaf",
+    start=start,
+    counts=lambda: COUNTS,
+    kept=keys,
+    scope=lambda: "leaf",
   )
 )

@@ -167,6 +167,7 @@ class _Job:
   plan: leafwise.Plan
   varies: bool
   reads_base: bool
+  starts: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def of(cls, method, state, shapes, contributors, as_params) -> _Job:
@@ -211,7 +212,7 @@ class _Job:
     carries = list(shared)
     for i, (step, options) in enumerate(method.stages):
       if transform.scope_of(step, options) == "leaf":
-        carries[i] = self.start(i, own, [work.shape])
+        carries[i] = self.start_of_leaf(i, own, work.shape)
     return Item(name, leaf, work, own, tuple(carries))
 
   def start(self, index: int, state: Any, shapes: list[Any]) -> Any:
@@ -222,6 +223,19 @@ class _Job:
       if before.counted is not None:
         shapes = before.counted(shapes, self.contributors, **dict(own))
     return step.start(state[index], shapes, self.contributors, **dict(options))
+
+  def start_of_leaf(self, index: int, state: Any, shape: Any) -> Any:
+    """Returns the first carry of a stage that counts over one leaf.
+
+    Made once for all leaves of a shape: it takes longer than to look at a
+    small leaf.
+    """
+    if self.varies:
+      return self.start(index, state, [shape])
+    known = self.starts.get((index, shape))
+    if known is None:
+      known = self.starts[index, shape] = self.start(index, state, [shape])
+    return known
 
   def items(self, leaves: Leaves, shared: Sequence[Any]) -> Iterator[Item]:
     for name, fetch in leaves.items():

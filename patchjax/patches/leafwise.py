@@ -182,7 +182,11 @@ def count(
   """
   if not plan.counts(index)[number].once:
     base, sources, state = lax.stop_gradient((base, sources, state))
-  seen = _counted(plan, index, leaf, base, sources, state, shared)
+  seen: tuple[Any, ...] = ()
+  if plan.stages[index][0].kept is not None:
+    seen = _kept(plan, index, leaf, base, sources, state, shared)
+  if not seen or plan.counts(index)[number].beside:
+    seen += _seen(plan, index, leaf, base, sources, state, shared)
   return _count(plan, index, number, leaf, seen, state[index], shared[index])
 
 
@@ -197,21 +201,24 @@ def _count(plan: Plan, index: int, number: int, leaf, seen, state, carry):
   return placement.sum_over_shards(reduce, seen, leaf, state, carry)
 
 
-def _counted(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
-  """Returns the arrays that a stage counts in."""
+def _kept(
+  plan: Plan, index: int, leaf, base, sources, state, shared
+) -> tuple[Any]:
+  """Returns the arrays that a stage makes once, to count in."""
   step, options = plan.stages[index]
   seen = _seen(plan, index, leaf, base, sources, state, shared)
-  if (made := step.kept) is None:
-    return seen
 
   def kept(seen, leaf, state):
-    return made(leaf, *seen, state, **dict(options))
+    assert step.kept is not None
+    return step.kept(leaf, *seen, state, **dict(options))
 
   seen = lax.stop_gradient(seen)
   return (placement.on_shards(kept, seen, leaf, state[index]),)
 
 
-def _seen(plan: Plan, index: int, leaf, base, sources, state, shared) -> Any:
+def _seen(
+  plan: Plan, index: int, leaf, base, sources, state, shared
+) -> tuple[Any, ...]:
   """Returns the arrays that a stage's counting functions are given."""
   step, _ = plan.stages[index]
   wide = _base_of_steps(plan, base)
@@ -275,10 +282,12 @@ def _leaf_passes(
   for index, (step, options) in enumerate(plan.stages[:stop]):
     if transform.scope_of(step, options) != "leaf":
       continue
-    held = base, sources, state, tuple(shared)
+    given, kept = (base, sources), ()
     if step.kept is not None:
-      held = _counted(plan, index, leaf, *lax.optimization_barrier(held))
-    for number in range(len(plan.counts(index))):
+      behind = lax.optimization_barrier((*given, state, tuple(shared)))
+      kept = _kept(plan, index, leaf, *behind)
+    for number, counted in enumerate(plan.counts(index)):
+      held = kept, (None, ()) if kept and not counted.beside else given
       shared[index] = _passes(
         plan, index, number, leaf, held, state, tuple(shared)
       )
@@ -289,26 +298,30 @@ def _passes(
   plan: Plan, index: int, number: int, leaf, held, state, shared
 ) -> Any:
   """Returns the carry of a stage after all passes over one leaf."""
-  counted, kept = plan.counts(index)[number], plan.stages[index][0].kept
+  counted = plan.counts(index)[number]
 
   def one_pass(held, carry):
-    held, state, shared = held
+    (seen, (base, sources)), state, shared = held
     now = (*shared[:index], carry, *shared[index + 1 :])
-    if kept is not None:
-      total = _count(plan, index, number, leaf, held, state[index], carry)
-    else:
-      base, sources, _, _ = held
-      total = count(plan, index, number, leaf, base, sources, state, now)
+    if not seen or counted.beside:
+      seen += _seen(plan, index, leaf, base, sources, state, now)
+    total = _count(plan, index, number, leaf, seen, state[index], carry)
     return finish(plan, index, number, total, carry)
 
   held = held, state, shared
-  if counted.once:
+  first = needed(plan, index, number, shared[index])
+  if not counted.once:
+    held = lax.stop_gradient(held)
+    return repeated(one_pass, held, held[2][index], first)
+
+  def once(held, carry):
     # Behind a barrier, as in `repeated`: what the update computes too would
     # be kept in between.
-    return one_pass(lax.optimization_barrier(held), shared[index])[0]
-  held = lax.stop_gradient(held)
-  first = needed(plan, index, number, held[2][index])
-  return repeated(one_pass, held, held[2][index], first)
+    return one_pass(lax.optimization_barrier(held), carry)[0]
+
+  if counted.needed is None:
+    return once(held, shared[index])
+  return lax.cond(first, once, lambda held, carry: carry, held, shared[index])
 
 
 def repeated(one_pass: Any, held: Any, carry: Any, needed: Any) -> Any:

@@ -56,7 +56,7 @@ def count_at_least(
   Returns:
     limbs `int32[len(states), 2, 5]`.
   """
-  index = leaf.index(states.found) if ties else None
+  index = leaf.index(states.phase) if ties else None
   place = alone(leaf, states)
   masks = []
   for i, key in enumerate(keys):

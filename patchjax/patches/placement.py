@@ -74,9 +74,10 @@ class Leaf:
     as many rows as its first axis is long. Indices are global on every mesh.
 
     Args:
-      within: what changes in the loop that this is called in. Otherwise the
-        compiler takes indices for a constant of the loop, which it computes
-        before, and keeps, whether the loop is entered or not.
+      within: integers below 2**31 that change in the loop that this is called
+        in. Otherwise the compiler takes indices for a constant of the loop,
+        which it computes before, and keeps, whether the loop is entered or
+        not.
     """
     if self.mesh is not None and not self.manual:
       manual = dataclasses.replace(self, manual=True)
@@ -89,7 +90,7 @@ class Leaf:
       for d, names in enumerate(self.axes):
         shape[d] //= math.prod(lax.axis_size(name) for name in names)
     row = column = jnp.zeros(tuple(shape), jnp.uint32)
-    one, _ = lax.optimization_barrier((jnp.uint32(1), within))
+    one = _one_of(within)
     stride = 1
     for d in range(len(shape) - 1, -1, -1):
       along = lax.broadcasted_iota(jnp.uint32, tuple(shape), d)
@@ -102,6 +103,17 @@ class Leaf:
       else:
         row = along
     return row, column
+
+
+def _one_of(within: Any) -> Array:
+  """Returns 1, computed from a number that changes in a loop, if there is."""
+  words = jax.tree.leaves(within)
+  if not words:
+    return jnp.uint32(1)
+  word = words[0].reshape(-1)[0].astype(jnp.uint32)
+  # No compiler knows that it is less: an optimization barrier is removed
+  # before loops are looked at.
+  return jnp.uint32(1) + (word >> jnp.uint32(31))
 
 
 def extents(shape: tuple[int, ...]) -> tuple[int, int]:

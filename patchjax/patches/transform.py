@@ -51,12 +51,15 @@ class Count:
       that have the function in common share its program.
     once: whether the first pass is always the last. It is then run without a
       loop, and derivatives go through it; through others they do not.
+    beside: whether `reduce` is given what `Step.kept` made and the deltas
+      beside it: `(leaf, kept, deltas, state, carry, **options)`.
     needed: `(carry)`, whether the first pass is needed, by default always.
   """
 
   reduce: Callable[..., Any]
   finish: Callable[..., Any]
   once: bool = False
+  beside: bool = False
   needed: Callable[..., Any] | None = None
 
 
@@ -94,8 +97,9 @@ class Step:
       always seen in that entry of the result, so that a check of the result
       is enough: sums do, selections do not.
     kept: `(leaf, deltas, state, **options)`, a tuple of integer arrays of the
-      leaf's shape that `Count.reduce` is given in the place of the deltas;
-      they are computed once and kept, where passes are over the leaf alone.
+      leaf's shape that `Count.reduce` is given in the place of the deltas, or
+      before them; they are computed once and kept, where passes are over the
+      leaf alone.
       With `needs_base` it is `(leaf, deltas, base, state, **options)`.
     keys: of a step that searches for cuts (`rank_cuts.cuts`): the integer
       keys of a leaf.

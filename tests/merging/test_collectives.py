@@ -226,3 +226,20 @@ def test_counting_keeps_no_copy():
   x = np.zeros((256, 1024), np.float32)
   compiled = jax.jit(lambda x: top_k.kth_magnitude(x, 100)).lower(x).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < x.nbytes / 50
+
+
+@pytest.mark.parametrize(
+  "method, copies",
+  [
+    (pj.merging.ties(scope="leaf"), 0.05),
+    (pj.merging.ties(flavour="mergekit"), 0.05),  # ties at the cut are told
+    (pj.merging.sce(density=0.3, flavour="mergekit"), 1.3),  # keys, sums
+  ],
+  ids=["cuts", "exact", "kept"],
+)
+def test_a_leaf_is_merged_without_copies(method, copies):
+  """Task vectors and indices are computed when they are read."""
+  x = np.zeros((256, 2048), np.float32)
+  merge = jax.jit(lambda x, y: pj.merge({"w": x}, [{"w": y}] * 2, method))
+  stats = merge.lower(x, x).compile().memory_analysis()
+  assert stats.temp_size_in_bytes < copies * x.nbytes

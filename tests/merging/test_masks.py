@@ -35,7 +35,6 @@ def test_bits_do_not_depend_on_the_mesh(mesh, rng, request):
       drawn = masks.uniform_bits(jax.random.key(7), leaf(x), rng=rng)
       return drawn ^ jax.lax.bitcast_convert_type(x, jnp.uint32)
 
-    assert (np.asarray(draw(x)) == expected).all()
     assert (np.asarray(jax.jit(draw)(x)) == expected).all()
 
 

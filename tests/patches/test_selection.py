@@ -1,6 +1,7 @@
 """The k-th largest magnitude against a sort, and its counting."""
 
 import functools
+import math
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -170,6 +171,17 @@ def test_rows_of_large_leaves_order_ties(monkeypatch):
   monkeypatch.setattr(placement, "ROW_LIMIT", 8)
   mask = top_k.top_k_mask(x, 7)
   assert np.asarray(mask).ravel().nonzero()[0].tolist() == list(range(7))
+
+
+@hypothesis.given(st.lists(st.integers(1, 3000), min_size=1, max_size=4))
+def test_rows_to_count_are_whole_slices(shape):
+  rows, length = counting._rows(tuple(shape))
+  assert rows * length == math.prod(shape)
+  after = [math.prod(shape[d:]) for d in range(1, len(shape) + 1)]
+  assert any(
+    length % inner == 0 and n % (length // inner) == 0
+    for n, inner in zip(shape, after, strict=True)
+  )
 
 
 def test_counts_beyond_int32():
