@@ -64,12 +64,13 @@ def expand(label: Iterable[Dimension | int]) -> list[Dimension | int]:
 
 def free(size: int) -> Label:
   """Returns the label of an axis along which all entries are equal."""
-  return () if size == 1 else (size,)
+  # Shapes in equations are now and then NumPy's integers.
+  return () if size == 1 else (int(size),)
 
 
 def fixed(size: int, reason: str) -> Label:
   """Returns the label of an axis whose entries must stay in their order."""
-  return () if size == 1 else (Dimension(size, reason),)
+  return () if size == 1 else (Dimension(int(size), reason),)
 
 
 def pin(label: Label, reason: str, *, proven: bool = True) -> Label:
@@ -142,7 +143,7 @@ def regroup(labels: Sequence[Label], sizes: Sequence[int]) -> list[Label]:
     return [free(size) for size in sizes]
   left = expand(factor for label in labels for factor in label)[::-1]
   found: list[Label] = []
-  for need in sizes:
+  for need in map(int, sizes):
     out: list[Dimension | int] = []
     while need > 1:
       factor = _pop(left)

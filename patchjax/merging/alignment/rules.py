@@ -244,7 +244,42 @@ def _where_whole(eqn, labels, whole):
   return [tuple(found)]
 
 
+def _chunk(eqn, label, whole, size):
+  """Returns the label of one of an axis's chunks of equal sizes.
+
+  The chunks keep their order, but in each the entries may change places alike:
+  queries, keys and values, or the gates of a cell, made by one matrix.
+  """
+  try:
+    if size == 0 or whole % size:
+      raise MisalignedError
+    which, each = regroup([label], (whole // size, size))
+  except MisalignedError:
+    pin(label, place(eqn))
+    return fixed(size, place(eqn))
+  pin(which, place(eqn))
+  return each
+
+
 def _slice(eqn, ins):
+  starts = eqn.params["start_indices"]
+  strides = eqn.params["strides"] or (1,) * len(starts)
+  sizes = zip(shapes(eqn)[0], eqn.outvars[0].aval.shape)
+  found = []
+  for label, (whole, size), start, stride in zip(
+    ins[0], sizes, starts, strides, strict=True
+  ):
+    if whole == size:
+      found.append(label)
+    elif stride == 1 and size and start % size == 0:
+      found.append(_chunk(eqn, label, whole, size))
+    else:
+      pin(label, place(eqn))
+      found.append(fixed(size, place(eqn)))
+  return [tuple(found)]
+
+
+def _dynamic_slice(eqn, ins):
   whole = [a == b for a, b in zip(shapes(eqn)[0], eqn.outvars[0].aval.shape)]
   return _where_whole(eqn, ins[0], whole)
 
@@ -272,25 +307,28 @@ def _concatenate(eqn, ins):
   sizes = shapes(eqn)
   found = []
   for i, size in enumerate(shape):
-    if i == axis:
-      pin_all([labels[i] for labels in ins], place(eqn))
-      found.append(fixed(size, place(eqn)))
+    own, lengths = [labels[i] for labels in ins], [s[i] for s in sizes]
+    if i != axis:
+      found.append(aligned(own, lengths, size, place(eqn)))
+    elif len(set(lengths)) == 1:
+      # Chunks of equal sizes, whose entries may change places alike.
+      each = aligned(own, lengths, lengths[0], place(eqn))
+      found.append((*fixed(len(ins), place(eqn)), *each))
     else:
-      own = [labels[i] for labels in ins]
-      found.append(aligned(own, [s[i] for s in sizes], size, place(eqn)))
+      pin_all(own, place(eqn))
+      found.append(fixed(size, place(eqn)))
   return [tuple(found)]
 
 
 def _split(eqn, ins):
-  axis = eqn.params["axis"]
-  pin(ins[0][axis], place(eqn))
-  return [
-    tuple(
-      fixed(size, place(eqn)) if i == axis else label
-      for i, (label, size) in enumerate(zip(ins[0], out.aval.shape))
-    )
-    for out in eqn.outvars
-  ]
+  axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+  label = ins[0][axis]
+  if len(set(sizes)) == 1:
+    parts = [_chunk(eqn, label, sum(sizes), sizes[0])] * len(sizes)
+  else:
+    pin(label, place(eqn))
+    parts = [fixed(size, place(eqn)) for size in sizes]
+  return [(*ins[0][:axis], part, *ins[0][axis + 1 :]) for part in parts]
 
 
 def _gather(eqn, ins):
@@ -339,7 +377,7 @@ RULES: dict[str, Rule] = {
   "concatenate": _concatenate,
   "conv_general_dilated": _conv,
   "dot_general": _dot,
-  "dynamic_slice": _slice,
+  "dynamic_slice": _dynamic_slice,
   "dynamic_update_slice": _update_slice,
   "gather": _gather,
   "iota": _iota,
