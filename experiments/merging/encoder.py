@@ -171,8 +171,16 @@ class Encoder:
     best = jnp.argmax(self.logits(upper, x, mask, task, heads), axis=-1)
     return best == labels
 
-  def outcomes(self, upper: Params, pool: Pool) -> np.ndarray:
-    """Which texts of a pool the parameters get right, booleans `[n]`."""
+  def outcomes(
+    self, upper: Params, pool: Pool, only: int | None = None
+  ) -> np.ndarray:
+    """Which texts of a pool the parameters get right, booleans `[n]`.
+
+    Args:
+      upper: the upper layers.
+      pool: the texts.
+      only: number of a task; texts of others may be left at False.
+    """
     # Sent off first, waited for afterwards.
     later = [
       (
@@ -182,6 +190,7 @@ class Encoder:
         ),
       )
       for batch in pool.batches
+      if only is None or only in pool.task[batch.rows]
     ]
     right = np.zeros(len(pool), bool)
     for rows, found in later:
@@ -192,22 +201,27 @@ class Encoder:
     """The accuracy on each task."""
     return pool.means(self.outcomes(upper, pool))
 
-  def pool(self, split: str, n: int | None = None) -> Pool:
+  def pool(
+    self, split: str, n: int | None = None, *, by_task: bool = False
+  ) -> Pool:
     """The first `n` texts of a split of every task, behind the lower layers.
 
     Args:
       split: "train", "validation" or "test".
       n: at most, of each task; the order is that of a hash.
+      by_task: whether batches are of one task where they can be, for models
+        that are to answer one alone.
     """
-    return self._pool([getattr(t, split).take(n) for t in self.tasks.values()])
+    parts = [getattr(task, split).take(n) for task in self.tasks.values()]
+    return self._pool(parts, by_task)
 
-  def _pool(self, parts: Sequence[Split]) -> Pool:
+  def _pool(self, parts: Sequence[Split], by_task: bool = False) -> Pool:
     task = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     ids = np.concatenate([part.ids for part in parts])
     mask = np.concatenate([part.mask for part in parts])
     labels = np.concatenate([part.labels for part in parts])
     lengths = mask.sum(axis=1)
-    order = np.argsort(lengths, kind="stable")
+    order = np.lexsort((lengths, task) if by_task else (lengths,))
     batches = []
     for start in range(0, len(order), self._batch):
       rows = order[start : start + self._batch]

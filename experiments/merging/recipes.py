@@ -86,8 +86,8 @@ def _drawn(factory: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
 
 
 # Factors of a sum of eight task vectors, and of something like their mean.
-_SUM = (0.1, 0.2, 0.3, 0.4, 0.5)
-_FEW = (0.2, 0.3, 0.4)
+_SUM = (0.2, 0.3, 0.4, 0.5, 0.7)
+_FEW = (0.3, 0.5, 0.7)
 _MEAN = (1.0, 1.5, 2.0, 3.0)
 _ONE = (0.5, 0.75, 1.0, 1.5, 2.0)
 
@@ -102,7 +102,7 @@ _SUMS = (
     "task_arithmetic", "sums", _plain(merging.task_arithmetic), scales=_SUM
   ),
   Recipe(
-    "lines", "sums", _plain(merging.lines), {"beta": (0.1, 0.2, 0.3, 0.4)}
+    "lines", "sums", _plain(merging.lines), {"beta": (0.2, 0.4, 0.6, 0.8)}
   ),
   Recipe("metagpt", "sums", _plain(merging.metagpt)),
   Recipe(

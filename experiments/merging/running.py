@@ -114,7 +114,7 @@ class _Pools:
 
   def __init__(self, world: Encoder, settings: Settings):
     self.validation = world.pool("validation", settings.validation_texts)
-    self.test = world.pool("test", settings.test_texts)
+    self.test = world.pool("test", settings.test_texts, by_task=True)
     self.train = functools.cache(
       lambda: world.pool("train", settings.statistics_texts).padded()
     )
@@ -157,7 +157,7 @@ def _baseline(name: str) -> Callable[[Problem], Result]:
     right = np.zeros(len(test), bool)
     for number, upper in enumerate(problem.models):
       own = test.task == number
-      right[own] = world.outcomes(upper, test)[own]
+      right[own] = world.outcomes(upper, test, number)[own]
     return Result(right, cost=problem.training)
 
   return measure

@@ -1,6 +1,7 @@
 """The merging experiment's parts, on a tiny world."""
 
 import csv
+import functools
 import importlib.util
 import pathlib
 import sys
@@ -11,6 +12,8 @@ import pytest
 
 import patchjax as pj
 from experiments.merging import (
+  informed,
+  learned,
   measuring,
   paired,
   recipes,
@@ -75,11 +78,11 @@ def problem(encoder, trained):
 def test_outcomes_are_those_of_the_whole_encoder(encoder):
   found = encoder.outcomes(encoder.base, encoder.pool("test"))
   params = world.params()
+  encode = jax.jit(functools.partial(model.encode, heads=world.SHAPE.heads))
   expected = []
   for task in encoder.tasks.values():
     head, vectors = (
-      model.encode(params, part.ids, part.mask, heads=world.SHAPE.heads)
-      for part in (task.prompts, task.test)
+      encode(params, part.ids, part.mask) for part in (task.prompts, task.test)
     )
     expected.append(np.argmax(vectors @ head.T, axis=1) == task.test.labels)
   np.testing.assert_array_equal(found, np.concatenate(expected))
@@ -90,6 +93,18 @@ def test_a_pool_holds_every_text_once_and_means_are_of_tasks(encoder):
   rows = np.concatenate([batch.rows for batch in pool.batches])
   assert sorted(rows) == list(range(len(pool))) == list(range(50))
   np.testing.assert_allclose(pool.means(pool.task == 1), [0, 1, 0, 0, 0])
+
+
+def test_one_task_is_answered_alone(encoder):
+  for by_task in (False, True):
+    pool = encoder.pool("test", by_task=by_task)
+    whole = encoder.outcomes(encoder.base, pool)
+    own = pool.task == 3
+    found = encoder.outcomes(encoder.base, pool, 3)
+    np.testing.assert_array_equal(found[own], whole[own])
+  assert len({int(t) for b in pool.batches for t in b.task}) == 5
+  # Batches of 16 texts, 16 of each task: every batch is of one.
+  assert all(len(set(np.asarray(b.task))) == 1 for b in pool.batches)
 
 
 def test_training_starts_at_the_base_and_learns(encoder, trained):
@@ -198,6 +213,31 @@ def test_statistics_are_taken_once_and_their_cost_told_apart(problem):
   result = measuring.measure(recipe, problem)
   assert taken == list(range(len(world.NAMES)))
   assert result.statistics == problem.costs["s"]
+
+
+def test_statistics_see_the_texts_of_their_task(problem):
+  x, mask, task = informed._examples(problem, 1)
+  assert len(x) == len(mask) == SETTINGS.statistics_texts
+  np.testing.assert_array_equal(task, 1)
+  np.testing.assert_array_equal(informed._mask((x, mask, task)), mask)
+
+
+def test_one_text_is_answered_as_in_a_batch(problem):
+  encoder = problem.encoder
+  x, mask, task = informed._examples(problem, 1)
+  both = encoder.logits(encoder.base, x[:2], mask[:2], task[:2], encoder.heads)
+  one = encoder.answer(encoder.base, (x[1], mask[1], task[1]))
+  np.testing.assert_allclose(one, both[1], rtol=1e-4)
+
+
+def test_adamerging_sees_every_task_alike_and_no_label(problem):
+  batches = list(learned._batches(problem))
+  assert len(batches) == SETTINGS.adapt_steps
+  for ((x, mask, task),) in batches:
+    assert len(x) == len(mask)
+    np.testing.assert_array_equal(
+      np.bincount(task), [SETTINGS.adapt_batch] * len(world.NAMES)
+    )
 
 
 def test_results_are_files(tmp_path):
