@@ -63,7 +63,7 @@ def test_core_space_of_a_selection_is_the_dense_merge_it_stands_for():
   p = np.linalg.svd(np.concatenate([c.a for c in codes], 1), False)[0]
   q = np.linalg.svd(np.concatenate([c.b for c in codes], 0), False)[2]
   cores = [{"w": (p.T @ product(x) @ q.T).astype(np.float32)} for x in patches]
-  method = m.ties(scope="leaf", density=0.5)
+  method = m.magmax()
   zero = {"w": np.zeros_like(cores[0]["w"])}
   wanted = p @ np.asarray(pj.merge(zero, cores, method)["w"]) @ q
   found = m.core_space(patches, method=method)
