@@ -98,17 +98,15 @@ def test_steps_of_adam_are_those_of_the_reference():
     )
 
 
-@pytest.mark.parametrize("level", ["task", "layer", "leaf"])
-def test_entropy_falls(level):
+def test_entropy_falls():
   base, tuned, tasks = problem(2)
   found = pj.merging.adamerging(
     base,
     tuned,
     apply_fn,
     tasks,
-    level=level,
     optimizer=optax.adam(0.02),
-    steps=60,
+    steps=40,
   )
   assert (np.diff(found.losses) < 1e-3).all()
   assert found.losses[-1] < 0.9 * found.losses[0]
@@ -117,11 +115,11 @@ def test_entropy_falls(level):
   )
   for n in base:
     np.testing.assert_allclose(again[n], found.merged[n], rtol=1e-5, atol=1e-6)
-  # Certainty was learned for the tasks: all of them together are more certain.
-  after = sum(
-    prediction_entropy(apply_fn(found.merged, x)).mean() for x in tasks
+  # The last loss is that before the last step.
+  after = jax.jit(
+    lambda p: sum(prediction_entropy(apply_fn(p, x)).mean() for x in tasks)
   )
-  assert after < found.losses[-1] + 1e-3
+  assert after(found.merged) < found.losses[-1]
 
 
 def test_a_layer_shares_its_coefficients():
@@ -202,11 +200,15 @@ def test_on_a_mesh(mesh_explicit):
     mesh_explicit, jax.sharding.PartitionSpec(None, "x")
   )
 
+  whole = jax.sharding.NamedSharding(
+    mesh_explicit, jax.sharding.PartitionSpec()
+  )
+
   def put(tree):
     return tree | {"w": jax.device_put(tree["w"], place)}
 
   def on_mesh(p, x):
-    w = jax.sharding.reshard(p["w"], jax.sharding.PartitionSpec())
+    w = jax.sharding.reshard(p["w"], whole)
     return apply_fn(p | {"w": w}, x)
 
   alone = pj.merging.adamerging(base, tuned, apply_fn, tasks, steps=2)

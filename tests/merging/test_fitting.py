@@ -47,7 +47,11 @@ def test_least_squares_is_solved():
 @pytest.mark.parametrize(
   "method",
   [
-    lambda n: pj.merging.ties(density=0.5, weights=n["w"], scale=n["s"]),
+    lambda n: pj.chain(
+      pj.merging.elect_sign(),
+      pj.merging.disjoint_mean(weights=n["w"]),
+      pj.merging.scale(n["s"]),
+    ),
     lambda n: pj.merging.slerp(t=n["s"]),
     lambda n: {"w": pj.merging.linear(weights=n["w"])},
     lambda n: pj.merging.task_arithmetic(
@@ -56,7 +60,7 @@ def test_least_squares_is_solved():
       )
     ),
   ],
-  ids=["ties", "slerp", "by group", "by leaf"],
+  ids=["elected", "slerp", "by group", "by leaf"],
 )
 def test_a_step_is_that_of_finite_differences(method):
   base, tuned, _ = problem(1)

@@ -78,15 +78,14 @@ def search_numbers(
 
   Example:
     >>> import numpy as np, patchjax as pj
-    >>> a = {"w": np.float32([4, 1, 1, 1])}
-    >>> base = {"w": np.zeros(4, np.float32)}
+    >>> base, tuned = {"w": np.zeros(2, "f")}, {"w": np.ones(2, "f")}
     >>> found = pj.merging.search_numbers(
-    ...   base, [a], lambda n: pj.merging.ties(density=n["density"]),
-    ...   lambda p: -abs(p["w"].sum() - 4.5),
-    ...   pj.merging.learning.grid({"density": [0.1, 1.0]}),
+    ...   base, [tuned], lambda n: pj.merging.task_arithmetic(scale=n["scale"]),
+    ...   lambda p: -abs(p["w"].sum() - 1.4),
+    ...   pj.merging.learning.grid({"scale": [0.25, 0.5, 0.75, 1.0]}),
     ... )
-    >>> float(found.numbers["density"]), found.score
-    (0.10000000149011612, -0.5)
+    >>> float(found.numbers["scale"]), found.merged["w"].tolist()
+    (0.75, [0.75, 0.75])
   """
   fitting.check_inputs(base, contributors, only)
   arrays, rebuild = fitting.parted((base, list(contributors)))
