@@ -207,7 +207,8 @@ def check_run(name, request, run):
   if run.dtype == "float32":
     assert_same(name, found, wanted, "as eagerly on one device")
   else:
-    assert_rounded(found, expected, run.dtype)
+    close = 0.0 if case.exact else case.close
+    assert_rounded(found, expected, run.dtype, close)
     if case.exact:
       assert same_bits(found, wanted), "rounded once"
 
