@@ -330,8 +330,12 @@ def test_matrices_that_make_several_things_at_once():
 def test_the_sentence_encoder():
   from patchjax.demo import model
 
-  shape = model.Shape(20, 8, 12, 16, layers=2, heads=3)
-  params = model.initial(jax.random.key(0), shape)
+  shape = model.Shape(20, 8, 12, 16, layers=1, heads=3)
+  params = jax.eval_shape(lambda: model.initial(jax.random.key(0), shape))
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(
+    lambda x: np.float32(0.2 * rng.standard_normal(x.shape)), params
+  )
   ids = np.random.default_rng(0).integers(0, 20, (2, 5)).astype(np.int32)
 
   def encode(p, ids):
@@ -339,7 +343,7 @@ def test_the_sentence_encoder():
 
   spec = infer_permutations(encode, params, ids)
   tables = sorted(spec.table(d) for d in spec.moving)
-  assert tables == sorted([(3,), (3, 4), (3, 4), (16,)] * 2)
+  assert tables == [(3,), (3, 4), (3, 4), (16,)]
   assert "output" in spec.reasons["embed/word:1"]
   assert "gather" in spec.reasons["embed/word:0"]
   planted = alignment.random_permutations(spec, 1)
