@@ -101,6 +101,23 @@ class Drawn:
     self.width += 4
     self.dense(12)
 
+  def chunks(self):
+    """Chunks of one array, by split or by slices, joined again or gating."""
+    kind = self.rng.integers(3)
+    w = self.leaf(self.width, 2 * self.width)
+
+    def run(p, x):
+      y, size = x @ p[w], x.shape[-1]
+      if kind == 0:
+        a, b = jnp.split(y, 2, axis=-1)
+        return jnp.tanh(a) * jax.nn.sigmoid(b)
+      if kind == 1:
+        return y[..., :size] * jax.nn.sigmoid(y[..., size:])
+      a, b = jnp.split(x, 2, axis=-1)
+      return jnp.concatenate([jnp.tanh(b), a], axis=-1)
+
+    self.layers.append(run)
+
   def pooled(self):
     w = self.leaf(self.width)
     self.layers.append(
@@ -120,7 +137,7 @@ class Drawn:
 
 KINDS = (
   "dense elementwise norm residual gated heads heads heads scan joined pooled"
-  " shared"
+  " shared chunks chunks"
 ).split()
 
 
