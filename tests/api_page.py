@@ -18,8 +18,6 @@ import patchjax as pj
 NOT_BUILT = {
   "pj.lift(patch)": "the factored application of low-rank patches to layers "
   "belongs with the adapters' release; pj.apply materialises W + BA until then",
-  "statistics beyond Fisher (Gram, K-FAC)": "they come with the merge methods "
-  "that need them",
   "pj.release beyond PATCH evidence": "install, ranges, locks and forks come "
   "with packages; MINOR and MAJOR are classified by structure already",
 }
@@ -134,6 +132,9 @@ mixed = pj.merge(
   base, [patch, others[0]], pj.merging.task_arithmetic(scale=0.4)
 )
 average = pj.merge(base, [tuned, *others], pj.merging.linear())
+grams = [pj.statistics.gram(model, p, inputs) for p in (tuned, *others)]
+fitted = pj.merge(None, [tuned, *others], pj.merging.regmean(grams=grams))
+assert jax.tree.structure(fitted) == jax.tree.structure(base)
 weights = jnp.array([0.5, 0.3, 0.2])
 learned = jax.grad(
   lambda w: cross_entropy(

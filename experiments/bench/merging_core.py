@@ -139,7 +139,7 @@ def _measure(
 ) -> Result:
   """Times all ways of one merge, in turn."""
   base, models = held[0], held[1 : contest.count + 1]
-  method = contest.ours()
+  method = contest.method(models)
   given: list[Any] = [jax.tree.map(lambda x: x.copy(), base)]
 
   def donated():
@@ -218,6 +218,9 @@ _TRANSCRIBED = (
   "star",
   "wudi",
   "svc",
+  "fisher",
+  "regmean",
+  "mats",
 )
 
 
@@ -260,7 +263,8 @@ def _compare(
     count=contest.count,
     save=path,
   )
-  ours = pj.merge(held[0], held[1 : contest.count + 1], contest.ours())
+  models = held[1 : contest.count + 1]
+  ours = pj.merge(held[0], models, contest.method(models))
   differing = size = 0
   merged = safetensors.numpy.load_file(path)
   for name, x in workload.flat(ours).items():

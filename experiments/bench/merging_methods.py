@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import patchjax as pj
+from experiments.bench import merging_statistics
 
 WEIGHTS = [0.5, 1.25, 0.75, 1.0]
 
@@ -30,12 +31,13 @@ class Contest:
     limit: how close to the bytes-moved limit, in a buffer that is given.
     equal: whether both compute the same numbers: not so what is random.
     close: how closely, as a share of a tensor's maximum.
+    told: whether `ours` is told the models, to make statistics of them.
     mergekit: whether mergekit has it; if not, the settings are those of the
       formula in PyTorch, and that is what the numbers are compared with.
   """
 
   name: str
-  ours: Callable[[], pj.Transform]
+  ours: Callable[..., pj.Transform]
   settings: Mapping[str, Any]
   paper: Callable[[], pj.Transform] | None = None
   base: bool = True
@@ -45,7 +47,16 @@ class Contest:
   limit: float | None = None
   equal: bool = True
   close: float = 1e-6
+  told: bool = False
   mergekit: bool = True
+
+  def method(self, models: Sequence[Any]) -> pj.Transform:
+    """Returns what computes what mergekit computes, of some models.
+
+    Args:
+      models: the contributors.
+    """
+    return self.ours(models) if self.told else self.ours()
 
   def goal(self, dtype: str) -> float | None:
     """Returns how often faster than mergekit it is to be.
@@ -165,6 +176,17 @@ CONTESTS = (
       ("star", lambda: _m.star(), {"eta": 40.0}),
       ("wudi", lambda: _m.wudi(), {"scale": 1.0}),
       ("svc", lambda: _m.svc(), {"alpha": 0.1}),
+    )
+  ),
+  *(
+    Contest(
+      name, make, settings, told=True, mergekit=False, close=1e-4,
+      reads_base=name == "fisher",
+    )
+    for name, make, settings in (
+      ("fisher", merging_statistics.fisher, {}),
+      ("regmean", merging_statistics.regmean, {"off_diagonal": 0.9}),
+      ("mats", merging_statistics.mats, {"iterations": 10}),
     )
   ),
 )  # fmt: skip

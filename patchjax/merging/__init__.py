@@ -33,6 +33,7 @@ from patchjax.merging.methods import (
   della_linear,
   ema,
   emr,
+  fisher,
   geometric_median,
   iso_c,
   iso_cts,
@@ -43,6 +44,7 @@ from patchjax.merging.methods import (
   linear,
   lines,
   magmax,
+  mats,
   median,
   metagpt,
   model_stock,
@@ -53,6 +55,7 @@ from patchjax.merging.methods import (
   pcb,
   ram,
   ramplus,
+  regmean,
   sce,
   slerp,
   star,
@@ -60,6 +63,7 @@ from patchjax.merging.methods import (
   task_arithmetic,
   ties,
   trimmed_mean,
+  trust_region,
   tsv_m,
   uniform_soup,
   wise_ft,
@@ -71,6 +75,7 @@ from patchjax.merging.methods.consensus import (
   emr_rescalers,
   tall_masks,
 )
+from patchjax.merging.methods.layerwise import regmean_plus_plus
 from patchjax.merging.methods.soups import greedy_soup
 from patchjax.merging.middling import keep_between
 from patchjax.merging.rescaling import keep_l1
@@ -121,6 +126,7 @@ __all__ = [
   "emr",
   "emr_masks",
   "emr_rescalers",
+  "fisher",
   "fit_numbers",
   "geometric_median",
   "given_permutations",
@@ -141,6 +147,7 @@ __all__ = [
   "linear_connectivity",
   "lines",
   "magmax",
+  "mats",
   "mean",
   "median",
   "merge",
@@ -157,6 +164,8 @@ __all__ = [
   "permute_patch",
   "ram",
   "ramplus",
+  "regmean",
+  "regmean_plus_plus",
   "scale",
   "scale_by_depth",
   "sce",
@@ -169,6 +178,7 @@ __all__ = [
   "ties",
   "trim",
   "trimmed_mean",
+  "trust_region",
   "tsv_m",
   "uniform_soup",
   "weigh_by_energy",

@@ -401,9 +401,10 @@ CASES: dict[str, Case] = {
 }
 
 # Tables of other modules, which take `Case` from this one.
-from tests.merging import battery_spectral  # noqa: E402
+from tests.merging import battery_spectral, battery_statistical  # noqa: E402
 
 CASES |= battery_spectral.CASES
+CASES |= battery_statistical.CASES
 
 
 def method_of(name: str) -> str:

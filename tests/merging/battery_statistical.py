@@ -138,5 +138,5 @@ CASES: dict[str, Case] = {
     swept={"quantile": 0.7, "scale": 0.3},
     local=False,
   ),
-  "trust_region/vectors": Case({"quantile": 0.5, "scale": 0.4}),
+  "trust_region/vectors": Case({"quantile": 0.5, "scale": 0.4}, local=False),
 }

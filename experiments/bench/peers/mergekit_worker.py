@@ -12,10 +12,15 @@ import time
 import torch
 import torch_formulas
 import torch_spectral
+import torch_statistical
 from mergekit import merge_methods
 from safetensors import torch as files
 
-_FORMULAS = torch_formulas.METHODS | torch_spectral.METHODS
+_FORMULAS = {
+  **torch_formulas.METHODS,
+  **torch_spectral.METHODS,
+  **torch_statistical.METHODS,
+}
 _SMALL = 1 << 16  # what is merged once, uncounted, before anything is timed
 
 

@@ -48,6 +48,12 @@ from patchjax.merging.methods.sparse import (
   della_linear,
 )
 from patchjax.merging.methods.spherical import karcher, multislerp
+from patchjax.merging.methods.statistical import (
+  fisher,
+  mats,
+  regmean,
+  trust_region,
+)
 from patchjax.merging.spectral.bracketed import knots, svc
 from patchjax.merging.spectral.interference import wudi
 from patchjax.merging.spectral.isotropic import iso_c, iso_cts
@@ -65,6 +71,7 @@ METHODS: tuple[Callable[..., Any], ...] = (
   della_linear,
   ema,
   emr,
+  fisher,
   geometric_median,
   iso_c,
   iso_cts,
@@ -75,6 +82,7 @@ METHODS: tuple[Callable[..., Any], ...] = (
   linear,
   lines,
   magmax,
+  mats,
   median,
   metagpt,
   model_stock,
@@ -85,6 +93,7 @@ METHODS: tuple[Callable[..., Any], ...] = (
   pcb,
   ram,
   ramplus,
+  regmean,
   sce,
   slerp,
   star,
@@ -92,6 +101,7 @@ METHODS: tuple[Callable[..., Any], ...] = (
   task_arithmetic,
   ties,
   trimmed_mean,
+  trust_region,
   tsv_m,
   uniform_soup,
   wise_ft,
