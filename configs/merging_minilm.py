@@ -36,6 +36,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
       test_texts=32,
       steps=4,
       statistics_texts=16,
+      gradient_texts=4,
       adapt_texts=16,
       adapt_steps=2,
     )

@@ -1,8 +1,7 @@
 """Methods that read statistics of each specialist on texts of its task.
 
-All are taken over the same training texts, tokens that pad left out; only
-trust region looks at their labels, the others' Fisher informations draw
-labels from the model.
+They are taken over training texts, tokens that pad left out. Only trust
+region looks at labels; Fisher informations draw them from the model.
 """
 
 from __future__ import annotations
@@ -25,9 +24,11 @@ def _key(problem: Problem, number: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(problem.seed), number)
 
 
-def _examples(problem: Problem, number: int) -> tuple[Any, ...]:
-  """Token vectors, masks, numbers of the task."""
-  return problem.texts(number)[:3]
+def _examples(
+  problem: Problem, number: int, n: int | None = None
+) -> tuple[Any, ...]:
+  """Token vectors, masks, numbers of the task, of the first n texts."""
+  return tuple(part[:n] for part in problem.texts(number)[:3])
 
 
 def _fishers(problem: Problem) -> tuple[statistics.Fisher, ...]:
@@ -36,7 +37,7 @@ def _fishers(problem: Problem) -> tuple[statistics.Fisher, ...]:
     lambda number: statistics.fisher_diagonal(
       problem.encoder.answer,
       problem.models[number],
-      _examples(problem, number),
+      _examples(problem, number, problem.settings.gradient_texts),
       key=_key(problem, number),
     ),
   )
@@ -68,12 +69,13 @@ def _factors(problem: Problem) -> tuple[statistics.KFac, ...]:
 
 
 def _gradients(problem: Problem) -> tuple[dict[str, Any], ...]:
+  n = problem.settings.gradient_texts
   return problem.statistic(
     "gradients",
     lambda number: statistics.absolute_gradients(
       problem.encoder.answer,
       problem.base,
-      (_examples(problem, number), problem.texts(number)[3]),
+      (_examples(problem, number, n), problem.texts(number)[3][:n]),
     ),
   )
 

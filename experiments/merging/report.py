@@ -236,7 +236,7 @@ def draw(path: pathlib.Path, table: Sequence[Row]) -> None:
   axes.set_ylabel("accuracy, mean of the tasks (%)")
   axes.spines[["top", "right"]].set_visible(False)
   _label(figure, axes, methods)
-  axes.legend(fontsize=8, frameon=False, loc="lower right")
+  axes.legend(fontsize=8, framealpha=1, edgecolor="none", loc="lower left")
   figure.savefig(path)
 
 

@@ -29,8 +29,9 @@ class Settings:
     random_rate: the same for the patch on a random mask.
     rank: of the LoRA patch.
     share: entries of the random mask, as a share of the trained layers.
-    statistics_texts: training texts of a task, without labels, that Fisher
-      informations and Gram matrices are taken over.
+    statistics_texts: training texts of a task that Gram matrices and
+      Kronecker factors are taken over.
+    gradient_texts: the same for what needs a gradient for each text.
     adapt_texts: test texts of a task, without labels, that AdaMerging learns
       on.
     adapt_steps: its optimizer steps.
@@ -44,8 +45,8 @@ class Settings:
   tokens: int = 24
   depth: int = 4
   train_texts: int = 1920
-  validation_texts: int = 128
-  test_texts: int = 384
+  validation_texts: int = 96
+  test_texts: int = 320
   steps: int = 60
   batch: int = 16
   rate: float = 2e-4
@@ -55,7 +56,8 @@ class Settings:
   rank: int = 8
   share: float = 0.015
   statistics_texts: int = 256
-  adapt_texts: int = 384
+  gradient_texts: int = 64
+  adapt_texts: int = 320
   adapt_steps: int = 60
   adapt_batch: int = 8
   adapt_rate: float = 1e-2

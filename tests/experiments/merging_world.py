@@ -25,6 +25,7 @@ SETTINGS = Settings(
   rank=2,
   share=0.05,
   statistics_texts=8,
+  gradient_texts=4,
   adapt_texts=8,
   adapt_steps=2,
   adapt_batch=4,
