@@ -234,11 +234,12 @@ def by_gradients(
   def operator(x):
     return functools.reduce(jnp.add, (c.times(x) for c in operators))
 
+  least: Any = jnp.asarray(tolerance).astype(size.dtype) * size  # traced
   found, _ = jax.scipy.sparse.linalg.cg(
     operator,
     residual(curvatures, values, start),
     tol=0.0,
-    atol=jnp.asarray(tolerance).astype(size.dtype) * size,
+    atol=least,
     maxiter=iterations,
   )
   return start + found
@@ -261,7 +262,8 @@ def by_inputs(
   """
   layer = curvatures[0].layer
   assert layer is not None
-  total = functools.reduce(jnp.add, (c.left for c in curvatures))
+  grams: list[Any] = [c.left for c in curvatures]
+  total = functools.reduce(jnp.add, grams)
   right = layer.matrices(residual(curvatures, values, start))
   n = total.shape[-1]
   diagonal = jnp.diagonal(total, axis1=-2, axis2=-1)

@@ -96,6 +96,7 @@ def _update(
   outputs = shape[batch_axes + in_axes :]
   n, m = math.prod(inputs), math.prod(outputs)
   if rank is None:
+    assert share is not None  # one of the two is given
     rank = max(int(min(n, m) * share), 1)
   if not inputs or not outputs or rank * (n + m) >= n * m or not leaf.size:
     return deltas

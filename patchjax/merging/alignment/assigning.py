@@ -7,6 +7,7 @@ one hidden dimension that is best while the others stay is a linear assignment
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -150,7 +151,8 @@ class _Ascent:
       for index in np.ndindex(*table[:-1]):
         for i in range(size):
           for j in range(size):
-            mutual = sum(x[index][i] @ y[index][j].T for x, y in pairs)
+            products = (x[index][i] @ y[index][j].T for x, y in pairs)
+            mutual = functools.reduce(np.add, products)
             order = _solved(mutual)
             own = np.arange(order.size)
             likeness[(*index, i, j)] += mutual[own, order].sum()

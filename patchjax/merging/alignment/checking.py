@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -180,9 +181,9 @@ def _error(expected, found, tolerance) -> float:
     if allowed is None:
       allowed = {2: 0.1, 4: 1e-3, 8: 1e-7}.get(x.dtype.itemsize, 0.1)
     x, y = x.astype(np.float64), y.astype(np.float64)
-    size = max(float(np.abs(x).max()), np.finfo(np.float32).tiny)
+    size = max(float(np.abs(x).max()), float(np.finfo(np.float32).tiny))
     worst = max(worst, float(np.abs(x - y).max()) / size / allowed)
-  return worst if np.isfinite(worst) else np.inf
+  return worst if math.isfinite(worst) else math.inf
 
 
 def require_checked(spec: specs.PermutationSpec) -> None:

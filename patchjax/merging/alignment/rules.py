@@ -224,11 +224,13 @@ def _conv(eqn, ins):
     pin_all([x[lhs[0]], y[rhs[0]], *(label for label, _ in given)], place(eqn))
     found[out[0]] = fixed(shape[out[0]], place(eqn))
   elif groups == 1:
-    aligned(*zip(*given), sx[lhs[1]], reason)
+    labels, sizes = zip(*given, strict=True)
+    aligned(labels, sizes, sx[lhs[1]], reason)
     found[out[1]] = y[rhs[0]]
   elif groups == sx[lhs[1]] == sy[rhs[0]]:  # one filter a channel
     pair = [(y[rhs[0]], sy[rhs[0]]), given[0]]
-    found[out[1]] = aligned(*zip(*pair), groups, reason)
+    labels, sizes = zip(*pair, strict=True)
+    found[out[1]] = aligned(labels, sizes, groups, reason)
   else:
     pin_all([y[rhs[0]], *(label for label, _ in given)], place(eqn))
   return [tuple(found)]

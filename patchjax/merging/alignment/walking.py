@@ -48,7 +48,8 @@ def walk(
 
   def read(atom):
     if isinstance(atom, core.Literal):
-      return literal(np.asarray(atom.val, atom.aval.dtype))
+      aval: Any = atom.aval
+      return literal(np.asarray(atom.val, aval.dtype))
     return values[atom]
 
   for eqn in jaxpr.eqns:

@@ -122,7 +122,8 @@ def regmean_plus_plus(
 
 
 def _batches(data: Any) -> Iterator[Any]:
-  return iter(data()) if callable(data) else iter([data])
+  made: Any = data() if callable(data) else [data]
+  return iter(made)
 
 
 def _blocks_of(

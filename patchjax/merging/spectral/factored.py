@@ -166,7 +166,7 @@ def _low_rank(
   """The leaves whose changes are low-rank sums alone, of the same axes."""
   found = {}
   for name in sorted({name for patch in patches for name in patch.deltas}):
-    deltas = [patch.deltas.get(name) for patch in patches]
+    deltas: list[Any] = [patch.deltas.get(name) for patch in patches]
     held = [d for d in deltas if d is not None]
     codes = [d.code for d in held if isinstance(d, Delta) and d.law == "add"]
     low = [code for code in codes if isinstance(code, LowRank)]
@@ -193,7 +193,7 @@ def _merged(
     }
     parts.append(Patch(deltas, base=patch.base))
   merge = running.combine(parts, method)
-  deltas = dict(merge.deltas)
+  deltas: dict[str, Any] = dict(merge.deltas)
   for name, one in found.items():
     if name in deltas:
       deltas[name] = Delta(_between(one, deltas[name].code.values), "add")

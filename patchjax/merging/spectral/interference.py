@@ -293,8 +293,8 @@ def wudi_difference(
       for patch in patches
       if name in patch.deltas
     ]
-    tasks = [patch.deltas[name].code.values for patch in one]
-    found = [merge.deltas[name].code.values for merge in merges]
+    tasks = [_numbers(patch, name) for patch in one]
+    found = [_numbers(merge, name) for merge in merges]
     distance, losses = compared(tasks, found)
     result[name] = WudiDifference(float(distance), *map(float, losses))
   return result
@@ -307,3 +307,8 @@ def _interference(merged: Array, tasks: tuple[Array, ...]) -> Array:
     gap = mats.dot(merged - x, mats.transposed(unit))
     total = total + jnp.sum(gap * gap)
   return total
+
+
+def _numbers(combined: Any, name: str) -> Array:
+  """Returns a leaf's delta in a patch that `combine` made: they are dense."""
+  return combined.deltas[name].code.values
