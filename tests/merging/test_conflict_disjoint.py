@@ -77,7 +77,10 @@ def test_disjoint_changes_merge_to_their_sequence_in_any_order(kind, world):
       value = pj.apply(value, patches[i])
     ordered.append(value)
   assert all(same_bits(ordered[0], other) for other in ordered[1:])
-  for name, method in METHODS.items():
+  # What a patch is held as is all the same to what follows its task vector.
+  methods = METHODS if kind == "pytree" else ["task arithmetic"]
+  for name in methods:
+    method = METHODS[name]
     for order in ([0, 1, 2], [2, 0, 1]):
       merged = pj.merge(base, [patches[i] for i in order], method)
       assert same_bits(merged, ordered[0]), name

@@ -41,12 +41,19 @@ def ragged(seed, *, ties):
   }
 
 
-def given(*, ties):
-  """A base and two contributors, of which one left two leaves as they were."""
+def given(*leaves, ties):
+  """A base and two contributors, of which one left two leaves as they were.
+
+  Of all leaves, or of those named: each is compiled for on its own.
+  """
   base, *others = (ragged(seed, ties=ties) for seed in range(3))
   others[1]["kernel"] = base["kernel"].copy()
   others[1]["number"] = base["number"].copy()
-  return base, others
+
+  def some(tree):
+    return {name: tree[name] for name in leaves or tree}
+
+  return some(base), list(map(some, others))
 
 
 def check(found, expected):
@@ -191,7 +198,7 @@ def test_l1_norms_are_kept():
 
 
 def test_l1_norm_of_a_selection_that_counts():
-  base, others = given(ties=True)
+  base, others = given("kernel", "vector", ties=True)
   numbers = {"density": 0.5, "gamma": 0.1}
   method = pj.merging.breadcrumbs(
     **numbers, rescale=True, flavour="mergekit", weights=[0.5, 2.0]
@@ -237,7 +244,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_bits_do_not_depend_on_the_mesh(name, mesh_explicit):
-  base, others = given(ties=True)
+  base, others = given("kernel", "stack", ties=True)
   wanted = pj.merge(base, others, METHODS[name])
   found = pj.merge(
     put(base, mesh_explicit),
@@ -381,7 +388,7 @@ def test_weights_have_derivatives_and_shares_map():
 
 
 def test_one_number_a_leaf():
-  base, others = given(ties=False)
+  base, others = given("kernel", "stack", ties=False)
   shares = pj.merging.per_leaf(base, {"kernel": 0.2}, default=1.0)
   found = pj.merge(
     base, others, pj.merging.breadcrumbs(density=shares, gamma=0.0)
