@@ -103,13 +103,11 @@ def regmean_plus_plus(problem: Problem, **options: Any) -> Any:
   )
 
 
-def mats(problem: Problem, *, start: str) -> Any:
-  """MaTS on Kronecker factors, from the mean or from task arithmetic."""
-  init = None
-  if start == "task_arithmetic":
-    plain = merging.task_arithmetic(scale=0.3)
-    init = pj.merge(problem.base, problem.patches, plain)
-  method = merging.mats(statistics=_factors(problem), init=init)
+def mats(problem: Problem, **options: Any) -> Any:
+  """MaTS on Kronecker factors, from task arithmetic as in the paper."""
+  plain = merging.task_arithmetic(scale=0.3)
+  start = pj.merge(problem.base, problem.patches, plain)
+  method = merging.mats(statistics=_factors(problem), init=start, **options)
   return pj.merge(problem.base, problem.patches, method)
 
 

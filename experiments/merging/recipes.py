@@ -235,7 +235,7 @@ _INFORMED = (
     "mats",
     "statistics",
     informed.mats,
-    {"start": ("mean", "task_arithmetic")},
+    {"iterations": (10, 30)},
     statistics=("kfac",),
     data=_TEXTS,
   ),
