@@ -290,14 +290,26 @@ def by_inputs(
 
   def by_factor():
     x = solved(right)
-    return x + solved(right - dot(unit, x))
+    x = x + solved(right - dot(unit, x))
+    return x * root[:, :, None]
 
   def by_eigenvectors():
     sizes, vectors = jnp.linalg.eigh(unit)
     seen = sizes > least * jnp.max(sizes, axis=-1, keepdims=True)
     share = jnp.where(seen, 1 / jnp.where(seen, sizes, none + 1), none)
-    along = dot(jnp.swapaxes(vectors, -1, -2), right)
-    return dot(vectors, along * share[:, :, None])
+    along = dot(_turned(vectors), right)
+    found = dot(vectors, along * share[:, :, None]) * root[:, :, None]
+    # The scale has tilted the directions of no data: those are taken out.
+    unseen = jnp.where(seen[:, None, :], none[:, None, :], vectors)
+    unseen = unseen * root[:, :, None]
+    inner = dot(_turned(unseen), unseen)
+    inner = inner + jnp.where(eye, seen[:, None, :].astype(inner.dtype), 0.0)
+    weight = jnp.linalg.solve(inner, dot(_turned(unseen), found))
+    return found - dot(unseen, weight)
 
   found = jax.lax.cond(sound, by_factor, by_eigenvectors)
-  return start + layer.leaf(found * root[:, :, None], tuple(start.shape))
+  return start + layer.leaf(found, tuple(start.shape))
+
+
+def _turned(x: Array) -> Array:
+  return jnp.swapaxes(x, -1, -2)

@@ -130,7 +130,7 @@ def scaled(params, x):
 def carried(params, x):
   def step(carry, _):
     w, x = carry
-    return (w, x @ w), None
+    return (w[::-1], x @ w), None
 
   return jax.lax.scan(step, (params["w"], x), None, length=2)[0][1]
 
@@ -175,5 +175,5 @@ def test_layers_that_are_asked_for():
   assert set(gram(network, PARAMS, x, layers=told).values) == {"plain"}
   with pytest.raises(SelectionError, match="no linear layer"):
     gram(network, PARAMS, x, layers={"table": LinearLayer((0,), (1,))})
-  with pytest.raises(SelectionError, match="expected at least 1"):
+  with pytest.raises(SelectionError, match="nothing to select"):
     gram(network, PARAMS, x, layers="nothing")
