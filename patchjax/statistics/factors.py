@@ -186,8 +186,9 @@ def kfac(
     >>> params = {"w": np.zeros((2, 2), np.float32)}
     >>> x = np.float32([[1, 0], [1, 2]])
     >>> found = kfac(lambda p, x: x @ p["w"], params, x, labels="exact")
-    >>> found.outputs["w"][0].tolist()
-    [[0.25, -0.25], [-0.25, 0.25]]
+    >>> print(np.asarray(found.outputs["w"][0]).round(3))
+    [[ 0.25 -0.25]
+     [-0.25  0.25]]
   """
   check_labels(labels, key)
   function, arrays = tapping.by_name(log_prob, params)
