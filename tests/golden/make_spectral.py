@@ -77,12 +77,8 @@ def main():
     f"lora/{i}/{n}": x for i, f in enumerate(factors) for n, x in f.items()
   }
   # In float64: what is recorded is the method, not its rounding.
-  models = [
-    {n: torch.tensor(x).double() for n, x in t.items()} for t in tasks
-  ]
-  loras = [
-    {n: torch.tensor(x).double() for n, x in f.items()} for f in factors
-  ]
+  models = [{n: torch.tensor(x).double() for n, x in t.items()} for t in tasks]
+  loras = [{n: torch.tensor(x).double() for n, x in f.items()} for f in factors]
   answers = {
     "tsv_m": tsv_m(models),
     "iso_c": iso(models, "iso_c"),
