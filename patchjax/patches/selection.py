@@ -148,6 +148,7 @@ def _float(bits: Array) -> Array:
 
 
 def bits_of(number: Array) -> Array:
+  """Returns the bit patterns of numbers as float32, `uint32`."""
   if isinstance(number, jax.Array):
     return lax.bitcast_convert_type(number, jnp.uint32)
   return np.asarray(number, np.float32).view(np.uint32)

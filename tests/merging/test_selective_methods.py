@@ -16,8 +16,8 @@ from tests.reference import merging_selective as reference
 def test_sce_of_ragged_leaves(flavour):
   for ties in (True, False):
     base, others = given(ties=ties)
-    # Of three the variances tie but for their rounding.
-    others.append({**others[0], "stack": others[1]["stack"]})
+    if not ties:  # Of three the variances tie but for their rounding.
+      others.append({**others[0], "stack": others[1]["stack"]})
     for density in (0.01, 0.4, 0.7, 1.0):
       method = pj.merging.sce(density=density, flavour=flavour)
       check(
