@@ -78,7 +78,8 @@ class Problem:
     """The training texts of a task that statistics are taken over."""
     texts = self.train()
     own = np.flatnonzero(texts[2] == number)
-    return tuple(part[own] for part in texts)  # type: ignore[return-value]
+    x, mask, task, labels = (part[own] for part in texts)
+    return x, mask, task, labels
 
   def statistic(self, name: str, take: Callable[[int], Any]) -> tuple[Any, ...]:
     """What `take` says of each specialist, measured once.

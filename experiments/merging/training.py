@@ -162,9 +162,10 @@ def _dense(base: Any) -> pj.Patch:
 
 def _mixed(group: tuple[Texts, ...]) -> Iterator[Texts]:
   """As many batches as there are, each with texts of every task."""
-  parts = [np.concatenate(arrays) for arrays in zip(*group)]
+  x, mask, task, labels = (np.concatenate(arrays) for arrays in zip(*group))
   for start in range(len(group)):
-    yield tuple(part[start :: len(group)] for part in parts)  # type: ignore
+    own = slice(start, None, len(group))
+    yield x[own], mask[own], task[own], labels[own]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(4, 5))

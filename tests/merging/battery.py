@@ -1,7 +1,7 @@
 """The table of merge methods that `test_methods.py` goes through.
 
-How to add a method: give it a row in `CASES` (or in a table of a module of
-its own, merged into `CASES` at the end of this one), under the name it has in
+How to add a method: give it a row in `_CASES` (or in a table of a module of
+its own, of which `CASES` is made too), under the name it has in
 `patchjax.merging`. A method may have more rows, `"name/variant"`. The row
 says with which options to call it; the same options go to the reference of
 that name in `tests/reference/merging_*.py`. From the row the tests derive:
@@ -27,73 +27,15 @@ row says `heavy` if a program of its takes more than half a second: give it two
 contributors rather than three. `test_methods.py` says what is run where.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from patchjax.merging import keep_mask, masks
 from patchjax.patches import placement
+from tests.merging import battery_spectral, battery_statistical
+from tests.merging.battery_case import OTHER, WEIGHTS, Case
 from tests.reference import merging_sparse
-
-P = jax.sharding.PartitionSpec
-
-DTYPES = {
-  "float32": np.float32,
-  "bfloat16": ml_dtypes.bfloat16,
-  "float16": np.float16,
-}
-
-SHAPE = (32, 16)
-SPEC = P("x", "y")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """One way to call a method.
-
-  Attributes:
-    options: keyword options of the method and of its reference.
-    only_method: further options of the method alone (a key, rng).
-    swept: other values for some of the options: numbers, which must not
-      compile anything.
-    base: whether there is a base.
-    contributors: how many.
-    masks: of a random method, `(base, models, options) -> masks`: what the
-      reference is given, one `{leaf: bool array or None}` a contributor.
-    exact: whether the result has the same bits however it is run. Not so for
-      methods that sum floats over a leaf.
-    symmetric: whether contributors may be permuted (with those options that
-      are lists of one number a contributor).
-    local: whether a leaf's result depends on that leaf alone: not so for
-      methods that count or measure whole models.
-    alone: options under which a single contributor is the result; None if
-      there are none.
-    agreed: options under which contributors that are all equal are the
-      result; None if there are none.
-    heavy: whether it takes long to compile; calls of mergekit are then run on
-      leaves of one shape.
-    close: in float32, the largest error as a share of a leaf's largest number.
-  """
-
-  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  only_method: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  swept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  base: bool = True
-  contributors: int = 3
-  masks: Callable[..., list[dict[str, Any]]] | None = None
-  exact: bool = True
-  symmetric: bool = True
-  local: bool = True
-  alone: Mapping[str, Any] | None = None
-  agreed: Mapping[str, Any] | None = None
-  heavy: bool = False
-  close: float = 1e-6
 
 
 def dare_masks(base, models, options, *, rng="hash"):
@@ -140,10 +82,7 @@ def _drawn(base, models, options, likely, rng):
   return [{name: mask(name, i) for name in base} for i in range(len(models))]
 
 
-WEIGHTS = [0.5, 1.25, 0.75]
-OTHER = [1.0, 0.25, 0.5]
-
-CASES: dict[str, Case] = {
+_CASES: dict[str, Case] = {
   # Averages.
   "linear": Case(
     {"weights": WEIGHTS}, swept={"weights": OTHER}, alone={}, agreed={}
@@ -400,66 +339,10 @@ CASES: dict[str, Case] = {
   ),
 }
 
-# Tables of other modules, which take `Case` from this one.
-from tests.merging import battery_spectral, battery_statistical  # noqa: E402
-
-CASES |= battery_spectral.CASES
-CASES |= battery_statistical.CASES
+CASES = _CASES | battery_spectral.CASES | battery_statistical.CASES
+"""Every row."""
 
 
 def method_of(name: str) -> str:
   """The method a row is about."""
   return name.split("/")[0]
-
-
-# ---------------------------------------------------------------------------
-# Models.
-
-
-def model(seed: int, dtype: str, spread: float = 1.0) -> Any:
-  """A tree of random leaves of one shape, and an integer."""
-  rng = np.random.default_rng(seed)
-
-  def draw():
-    return (spread * rng.standard_normal(SHAPE)).astype(DTYPES[dtype])
-
-  layers = {str(i): {"kernel": draw()} for i in range(2)}
-  return {"layers": layers, "step": np.int32(7)}
-
-
-def models(count: int, dtype: str = "float32") -> tuple[Any, list[Any]]:
-  """A base, and contributors around it.
-
-  Args:
-    count: how many contributors.
-    dtype: of the leaves.
-  """
-  base = model(0, dtype)
-
-  def add(x, d):
-    if x.dtype == np.int32:
-      return x
-    return (np.float32(x) + np.float32(d)).astype(x.dtype)
-
-  near = [model(i + 1, dtype, spread=0.1) for i in range(count)]
-  return base, [jax.tree.map(add, base, d) for d in near]
-
-
-def named(tree: Any) -> dict[str, np.ndarray]:
-  """The floating point leaves by text name, wide enough to hold them."""
-  return {
-    f"layers/{i}/kernel": np.asarray(layer["kernel"]).astype(np.float32)
-    for i, layer in sorted(tree["layers"].items())
-  }
-
-
-def put(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  """The tree on a mesh with axes x (4) and y (2)."""
-
-  def place(x):
-    spec = SPEC if x.ndim == 2 else P()
-    return jax.device_put(
-      jnp.asarray(x), jax.sharding.NamedSharding(mesh, spec)
-    )
-
-  return jax.tree.map(place, tree)

@@ -5,7 +5,7 @@ vectors are as sure as their values are apart.
 """
 
 import patchjax as pj
-from tests.merging.battery import Case
+from tests.merging.battery_case import Case
 
 CASES: dict[str, Case] = {
   "tsv_m": Case(

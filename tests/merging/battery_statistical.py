@@ -7,7 +7,7 @@ contributor, which go to the method and to its reference alike.
 import numpy as np
 
 from patchjax.statistics import Fisher, Gram, KFac, LinearLayer
-from tests.merging.battery import OTHER, SHAPE, WEIGHTS, Case
+from tests.merging.battery_case import OTHER, SHAPE, WEIGHTS, Case
 
 LEAVES = ("layers/0/kernel", "layers/1/kernel")
 LAYER = LinearLayer((0,), (1,))

@@ -10,7 +10,8 @@ import numpy as np
 
 import patchjax as pj
 from patchjax.interop.files import read, write
-from tests.merging.battery import CASES, DTYPES, method_of, models, named, put
+from tests.merging.battery import CASES, method_of
+from tests.merging.battery_models import DTYPES, models, named, put
 from tests.merging.models import same_bits
 
 ROWS = sorted(CASES)

@@ -24,7 +24,8 @@ import pytest
 
 import patchjax as pj
 from patchjax.merging import methods
-from tests.merging.battery import CASES, method_of, named
+from tests.merging.battery import CASES, method_of
+from tests.merging.battery_models import named
 from tests.merging.calls import (
   NAMES,
   ROWS,

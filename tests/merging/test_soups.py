@@ -6,7 +6,7 @@ import pytest
 
 import patchjax as pj
 from patchjax.trees.errors import MismatchError, StructureError
-from tests.merging.battery import DTYPES, models, put
+from tests.merging.battery_models import DTYPES, models, put
 from tests.merging.models import same_bits
 from tests.reference import merging_averages
 
