@@ -86,10 +86,11 @@ def _drawn(factory: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
 
 
 # Factors of a sum of eight task vectors, and of something like their mean.
-_SUM = (0.2, 0.3, 0.4, 0.5, 0.7)
-_FEW = (0.3, 0.5, 0.7)
+_SUM = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+_FEW = (0.3, 0.5, 0.7, 1.0)
 _MEAN = (1.0, 1.5, 2.0)
 _ONE = (1.0, 1.5, 2.0, 3.0)
+_FLAT = (1.0, 2.0, 3.0, 4.0, 5.0)
 
 
 def recipes() -> tuple[Recipe, ...]:
@@ -162,14 +163,14 @@ _SIGNS = (
     "signs and masks",
     _plain(merging.pcb),
     {"density": (0.1, 0.2)},
-    (1.0, 1.5, 2.0),
+    (0.5, 1.0, 1.5),
   ),
-  Recipe("emr", "signs and masks", _plain(merging.emr), scales=(0.5, 1.0)),
+  Recipe("emr", "signs and masks", _plain(merging.emr), scales=(0.5, 1.0, 1.5)),
   Recipe(
     "magmax",
     "signs and masks",
     _plain(merging.magmax, scale=1.0),
-    scales=(0.5, 1.0),
+    scales=(0.5, 1.0, 1.5),
   ),
   Recipe(
     "sce", "signs and masks", _plain(merging.sce), {"density": (0.1, 1.0)}
@@ -194,18 +195,21 @@ _ROBUST = (
 _SPECTRA = (
   Recipe("tsv_m", "spectra", _plain(merging.tsv_m), scales=_ONE),
   Recipe(
+    "tsv_m_gram", "spectra", _plain(merging.tsv_m, svd="gram"), scales=_ONE
+  ),
+  Recipe(
     "tsv_m_randomized",
     "spectra",
     _plain(merging.tsv_m, svd="randomized"),
     scales=_ONE,
   ),
-  Recipe("iso_c", "spectra", _plain(merging.iso_c), scales=_ONE),
-  Recipe("iso_cts", "spectra", _plain(merging.iso_cts), scales=_ONE),
-  Recipe("knots", "spectra", _plain(merging.knots), scales=_MEAN),
-  Recipe("star", "spectra", _plain(merging.star), scales=(1.0, 1.5, 2.0)),
+  Recipe("iso_c", "spectra", _plain(merging.iso_c), scales=_FLAT),
+  Recipe("iso_cts", "spectra", _plain(merging.iso_cts), scales=_FLAT),
+  Recipe("knots", "spectra", _plain(merging.knots, svd="gram"), scales=_MEAN),
+  Recipe("star", "spectra", _plain(merging.star, svd="gram"), scales=_ONE),
   Recipe("wudi", "spectra", _plain(merging.wudi), {"ridge": (0.0, 0.01, 0.1)}),
   Recipe("wudi_adam", "spectra", _plain(merging.wudi, solver="adam")),
-  Recipe("svc", "spectra", _plain(merging.svc), scales=_ONE),
+  Recipe("svc", "spectra", _plain(merging.svc, svd="gram"), scales=_ONE),
 )
 _TEXTS = "training texts without labels"
 _INFORMED = (

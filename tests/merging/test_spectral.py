@@ -345,6 +345,47 @@ def test_randomized_is_near_where_spectra_decay():
   assert 0 < gap < 5e-3
 
 
+GRAM = {
+  "tsv_m": lambda svd: m.tsv_m(svd=svd),
+  "star": lambda svd: m.star(svd=svd),
+  "svc": lambda svd: m.svc(svd=svd),
+  "knots": lambda svd: m.knots(method=m.magmax(), svd=svd),
+}
+
+
+@pytest.mark.parametrize("shape", [(24, 10), (10, 24), (10, 50)])
+@pytest.mark.parametrize("name", GRAM)
+def test_gram_matrices_say_what_the_decomposition_says(name, shape):
+  rng = np.random.default_rng(8)
+  n = min(shape)
+  # Values down to a hundredth of the largest, and some that are none.
+  values = np.concatenate([np.geomspace(1, 0.01, n - 3), np.zeros(3)])
+
+  def task():
+    u, v = (orthonormal(rng, side, n) for side in shape)
+    return 5 * u @ np.diag(values) @ v.T
+
+  tasks = [task() for _ in range(2)]
+  base = tree(np.zeros(shape))
+  exact, found = (
+    merged(tasks, GRAM[name](svd), base) for svd in ("exact", "gram")
+  )
+  np.testing.assert_allclose(found, exact, atol=1e-3 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("name", ["svc", "knots"])
+def test_gram_matrices_lose_nothing_that_is_small(name):
+  rng = np.random.default_rng(9)
+  u, v = orthonormal(rng, 12, 12), orthonormal(rng, 12, 12)
+  task = u @ np.diag(np.geomspace(1, 1e-5, 12)) @ v.T
+  methods = {
+    "svc": m.svc(method=m.task_arithmetic(), svd="gram"),
+    "knots": m.knots(method=m.mean(), threshold=0.0, svd="gram"),
+  }
+  found = merged([task], methods[name], tree(np.zeros((12, 12))))
+  np.testing.assert_allclose(found, task, atol=2e-6)
+
+
 def test_scales_are_learned_and_eta_is_not():
   tasks = [tree(x) for x in random_tasks()]
 
@@ -363,7 +404,7 @@ def test_scales_are_learned_and_eta_is_not():
   "make",
   [
     lambda: m.tsv_m(share=0.0),
-    lambda: m.tsv_m(svd="gram"),
+    lambda: m.tsv_m(svd="qr"),
     lambda: m.star(svd="randomized"),
     lambda: m.iso_cts(common=1.5),
     lambda: m.wudi(solver="sgd"),
@@ -371,6 +412,7 @@ def test_scales_are_learned_and_eta_is_not():
     lambda: m.wudi(layout="torch"),
     lambda: m.wudi(in_axes=0),
     lambda: m.svc(formula="mean"),
+    lambda: m.knots(svd="randomized"),
     lambda: m.knots(method=pj.trim(density=0.5)),
     lambda: m.svc(method=m.linear(normalize=False)),
     lambda: m.core_space([], method=pj.trim(density=0.5)),

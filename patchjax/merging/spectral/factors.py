@@ -72,7 +72,7 @@ def directions(held, threshold):
     rows.append(mats.dot(jnp.linalg.qr(a, mode="r"), b))
   _, s, vt = mats.svd(jnp.concatenate(rows, -2))
   ins = math.prod(held[0].a.shape[held[0].batch : -1])
-  least = mats.floor_of(s, max(ins, vt.shape[-1]))
+  least = mats.floor_of(s, (ins, vt.shape[-1]))
   there = s > jnp.maximum(least, threshold.astype(s.dtype))
   vt = jnp.where(there[..., None], vt, jnp.zeros_like(vt))
   return vt, jnp.max(jnp.sum(there, -1, dtype=jnp.int32))

@@ -125,8 +125,8 @@ def _closed(leaf, deltas, base, state, shared, *, others, **axes):
         )
       ),
     )
-    size = max(outs * len(tasks), tasks[0].shape[-1])
-    there = s > mats.floor_of(s, size)
+    shape = outs * len(tasks), tasks[0].shape[-1]
+    there = s > mats.floor_of(s, shape)
     square = jnp.sum(s * s, -1, keepdims=True)
     mean = square / jnp.asarray(tasks[0].shape[-1], s.dtype)
     safe = jnp.where(there, s * s, jnp.ones_like(s))

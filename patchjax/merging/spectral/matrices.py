@@ -23,7 +23,8 @@ from patchjax.patches.truncating import randomized_svd
 
 Array = Any
 Layout = Literal["in_out", "out_in"]
-Svd = Literal["exact", "randomized"]
+Svd = Literal["exact", "gram", "randomized"]
+"""How singular vectors are computed; see `svd` and `leading`."""
 View = dict[str, Any]
 
 
@@ -161,10 +162,48 @@ def transposed(a: Array) -> Array:
   return jnp.swapaxes(a, -1, -2)
 
 
-def svd(x: Array) -> tuple[Array, Array, Array]:
-  """Returns the reduced singular value decompositions `u, s, vt`."""
-  u, s, vt = jnp.linalg.svd(x, full_matrices=False)
-  return u, s, vt
+def svd(x: Array, how: Svd = "exact") -> tuple[Array, Array, Array]:
+  """Returns the reduced singular value decompositions `u, s, vt`.
+
+  Args:
+    x: `[batch, n, m]`.
+    how: "gram" goes by the eigenvectors of the smaller Gram matrix, of a
+      square one's rows. These are orthonormal, and the values are the lengths
+      of what they are mapped to; the vectors of the other side are zero where
+      values are below `floor_of`. All others are the device's own.
+  """
+  if how != "gram":
+    u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+    return u, s, vt
+  if x.shape[-2] > x.shape[-1]:
+    return _by_gram(x)
+  v, s, ut = _by_gram(transposed(x))
+  return transposed(ut), s, transposed(v)
+
+
+def _by_gram(x: Array) -> tuple[Array, Array, Array]:
+  _, basis = jnp.linalg.eigh(dot(transposed(x), x))
+  basis = basis[..., ::-1]
+  image = dot(x, basis)
+  s = jnp.sqrt(jnp.sum(image * image, -2))
+  there = s > floor_of(s, x.shape[-2:], "gram")
+  zero, one = jnp.zeros((), s.dtype), jnp.ones((), s.dtype)
+  u = image / jnp.where(there, s, one)[..., None, :]
+  return jnp.where(there[..., None, :], u, zero), s, transposed(basis)
+
+
+def floor_of(s: Array, shape: tuple[int, ...], how: Svd = "exact") -> Array:
+  """Returns what singular values of zero may become by rounding.
+
+  Args:
+    s: `[batch, r]` singular values, the largest first.
+    shape: the two sides of the decomposed matrices.
+    how: they were computed: of "gram" it is where vectors are lost, about
+      half a percent of the largest value in float32.
+  """
+  eps = float(np.finfo(s.dtype).eps)
+  share = math.sqrt(min(shape) * eps) if how == "gram" else max(shape) * eps
+  return s[..., :1] * jnp.asarray(share, s.dtype)
 
 
 def key_of(seed: int, identity: Array) -> Array:
@@ -188,17 +227,17 @@ def leading(
   Args:
     x: `[batch, n, m]`.
     rank: how many, at most `min(n, m)`.
-    how: the exact decomposition, or `randomized_svd`.
+    how: see `svd`; "randomized" is `randomized_svd`.
     key: of the random test matrices.
   """
   if how == "randomized" and rank:
     return jax.vmap(lambda one: randomized_svd(one, rank, key))(x)
-  u, s, vt = svd(x)
+  u, s, vt = svd(x, how)
   return u[..., :rank], s[..., :rank], vt[..., :rank, :]
 
 
 def supported(
-  u: Array, s: Array, vt: Array, size: int
+  u: Array, s: Array, vt: Array, shape: tuple[int, ...], how: Svd = "exact"
 ) -> tuple[Array, Array, Array]:
   """Returns triplets with zeros for those that are rounding errors alone.
 
@@ -208,28 +247,15 @@ def supported(
     u: `[batch, n, r]`.
     s: `[batch, r]`.
     vt: `[batch, r, m]`.
-    size: the larger side of the decomposed matrices.
+    shape: see `floor_of`.
+    how: see `floor_of`.
   """
-  return _masked(u, s, vt, s > floor_of(s, size))
-
-
-def floor_of(s: Array, size: int) -> Array:
-  """Returns what singular values of zero may become by rounding.
-
-  Args:
-    s: `[batch, r]` singular values, the largest first.
-    size: the larger side of the decomposed matrices.
-  """
-  eps = jnp.asarray(size * np.finfo(s.dtype).eps, s.dtype)
-  return s[..., :1] * eps
-
-
-def _masked(u, s, vt, mask):
+  there = s > floor_of(s, shape, how)
   zero = jnp.zeros((), s.dtype)
   return (
-    jnp.where(mask[..., None, :], u, zero),
-    jnp.where(mask, s, zero),
-    jnp.where(mask[..., :, None], vt, zero),
+    jnp.where(there[..., None, :], u, zero),
+    jnp.where(there, s, zero),
+    jnp.where(there[..., :, None], vt, zero),
   )
 
 
@@ -241,7 +267,7 @@ def polar(x: Array, how: Svd = "exact") -> Array:
 
   Args:
     x: `[batch, n, m]`.
-    how: by the exact decomposition; "randomized" goes by that of the smaller
+    how: by the exact decomposition; all others go by that of the smaller
       Gram matrix, which loses half of the digits of nearly dependent columns.
   """
   if how == "exact":
