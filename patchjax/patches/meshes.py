@@ -54,10 +54,11 @@ def on_leaf_mesh(function: Callable[..., Any], leaf: Any, *args: Any) -> Any:
 
 
 def number_on_mesh(function: Callable[..., Any], *args: Any) -> Any:
-  """Returns `function(*args)`, one number, whatever mesh its arrays are on.
+  """Returns `function(*args)`, small, whole on each device of any mesh.
 
   Args:
-    function: of arrays and pytrees of them, with a scalar result.
+    function: of arrays and pytrees of them, with a number or small arrays
+      for a result.
     *args: arguments of `function`.
   """
   shardings = (explicit_sharding(leaf) for leaf in jax.tree.leaves(args))

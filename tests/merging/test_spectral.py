@@ -196,6 +196,74 @@ def test_knots_and_dare_drop_aligned_parts():
   np.testing.assert_allclose(aligned, 2 * part * kept, atol=1e-5)
 
 
+def test_tsv_m_counts_equal_tasks_once():
+  (task,) = random_tasks(1)
+  u, s, vt = np.linalg.svd(task, full_matrices=False)
+  wanted = u[:, :3] @ np.diag(s[:3]) @ vt[:3]
+  for svd in ("exact", "gram"):
+    found = merged([task] * 2, m.tsv_m(svd=svd))
+    np.testing.assert_allclose(found, wanted, atol=5e-6)
+
+
+def test_tsv_m_invents_no_directions():
+  rng = np.random.default_rng(3)
+  inputs = rng.standard_normal((INS, 2))
+  tasks = [inputs @ rng.standard_normal((2, OUTS)) for _ in range(2)]
+  found = merged(tasks, m.tsv_m())
+  basis = np.linalg.qr(inputs)[0]
+  np.testing.assert_allclose(found, basis @ (basis.T @ found), atol=5e-6)
+
+
+def test_tsv_m_of_as_many_tasks_as_directions():
+  n = 49  # int(49 * (1 / 49)) is 0
+  x = np.outer(np.arange(n), np.ones(n)) / n
+  base = tree(np.zeros((n, n)))
+  found = merged([x] * n, m.tsv_m(), base)
+  np.testing.assert_allclose(found, x, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c"])
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
+def test_derivatives_need_no_distinct_values(name, shape):
+  """All singular values in the nearest orthonormal matrix are one."""
+  rng = np.random.default_rng(4)
+  task, moved, out = (
+    rng.standard_normal(shape).astype(np.float32) for _ in range(3)
+  )
+  base = np.zeros(shape, np.float32)
+
+  def loss(x):
+    return jnp.sum(pj.merge({"w": base}, [{"w": x}], METHODS[name])["w"] * out)
+
+  grad = np.asarray(jax.grad(loss)(task))
+  step = np.float32(1e-2)
+  up, down = (float(loss(task + s * step * moved)) for s in (1, -1))
+  slope = (up - down) / (2 * float(step))
+  np.testing.assert_allclose(np.sum(grad * moved), slope, rtol=2e-2, atol=2e-2)
+
+
+def test_a_task_that_changes_nothing_has_a_derivative():
+  (task,) = random_tasks(1)
+
+  def loss(x):
+    return jnp.sum(pj.merge(ZERO, [tree(task), x], m.iso_c())["w"] ** 2)
+
+  assert np.isfinite(jax.grad(loss)(ZERO)["w"]).all()
+
+
+def test_knots_counts_no_more_directions_than_it_is_told():
+  rng = np.random.default_rng(7)
+  tasks = [
+    rng.standard_normal((24, 2)) @ rng.standard_normal((2, 16))
+    for _ in range(2)
+  ]
+  base = tree(np.zeros((24, 16)))
+  method = m.knots(method=m.ties(density=0.3), rank=4)
+  others = [tree(x) for x in tasks]
+  wanted = reference.knots(base, others, density=0.3)["w"]
+  np.testing.assert_allclose(merged(tasks, method, base), wanted, atol=2e-5)
+
+
 def test_svc_counts_equal_tasks_once():
   (task,) = random_tasks(1)
   for count in (2, 5):
@@ -386,6 +454,15 @@ def test_gram_matrices_lose_nothing_that_is_small(name):
   np.testing.assert_allclose(found, task, atol=2e-6)
 
 
+def test_knots_by_gram_matrices_loses_no_inputs():
+  rng = np.random.default_rng(9)
+  u, v = orthonormal(rng, 4, 4), orthonormal(rng, 20, 4)
+  task = u @ np.diag([1, 1e-3, 1e-3, 1e-3]) @ v.T
+  method = m.knots(method=m.mean(), threshold=0.0, svd="gram")
+  found = merged([task], method, tree(np.zeros((4, 20))))
+  np.testing.assert_allclose(found, task, atol=2e-6)
+
+
 def test_scales_are_learned_and_eta_is_not():
   tasks = [tree(x) for x in random_tasks()]
 
@@ -413,6 +490,7 @@ def test_scales_are_learned_and_eta_is_not():
     lambda: m.wudi(in_axes=0),
     lambda: m.svc(formula="mean"),
     lambda: m.knots(svd="randomized"),
+    lambda: m.knots(rank=0),
     lambda: m.knots(method=pj.trim(density=0.5)),
     lambda: m.svc(method=m.linear(normalize=False)),
     lambda: m.core_space([], method=pj.trim(density=0.5)),

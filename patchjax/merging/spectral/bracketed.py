@@ -24,6 +24,7 @@ def knots(
   *,
   method: Transform | None = None,
   threshold: Any = 1e-5,
+  rank: int | None = None,
   svd: Literal["exact", "gram"] = "exact",
   layout: Layout = "in_out",
   in_axes: int = 1,
@@ -38,8 +39,7 @@ def knots(
   method that is linear, comes back as it was.
 
   As in the authors' code (gstoica27/KnOTS, `SVDMerger`), where the method is
-  TIES or DARE and TIES, with one threshold over all leaves, of which only
-  entries along singular values above a threshold count. There leaves with
+  TIES or DARE and TIES, with one threshold over all leaves. There leaves with
   fewer than two axes are left at the base; here they are merged by the method
   as they are: leave them out by `only`. Counting steps of the method (a
   threshold over the tree) decompose each leaf once a pass: for LoRA patches
@@ -49,9 +49,13 @@ def knots(
     method: how the parts are merged, a transform with a reducing step; by
       default `ties()`. `dare_ties`, `task_arithmetic`, or a chain.
     threshold: of the singular values that are kept; traced.
-    svd: "exact"; "gram": by the eigenvectors of `sum_i d_i d_i^T`, many times
-      faster; directions below about half a percent of the largest are turned
-      into each other.
+    rank: how many directions a leaf has at most, if that is known: of LoRA
+      patches the sum of their ranks. Static. Of the directions there are
+      only those count that a leaf of its shape can have, so a density needs
+      to know it for task vectors of low rank.
+    svd: "exact"; "gram": by the eigenvectors of a Gram matrix, many times
+      faster; directions below `sqrt(min(n, m) * eps)` of the largest are
+      turned into each other.
     layout: which axes of a leaf are outputs: "in_out" of a kernel of flax,
       "out_in" in PyTorch. Swapped, tasks are aligned by inputs.
     in_axes: see `tsv_m`.
@@ -70,10 +74,14 @@ def knots(
     True
   """
   options.check("svd", svd, ("exact", "gram"))
+  if rank is not None and rank < 1:
+    raise ValueError(f"rank must be at least 1, got {rank}")
   inner = ties() if method is None else method
   check_inner("knots", inner)
   axes = mats.view(layout, in_axes, batch_axes)
-  opened = Transform.of(_ALIGN, {"threshold": threshold}, svd=svd, **axes)
+  opened = Transform.of(
+    _ALIGN, {"threshold": threshold}, rank=rank, svd=svd, **axes
+  )
   return chain(opened, inner, Transform.of(_UNALIGN, {}, **axes))
 
 
@@ -96,7 +104,7 @@ def check_inner(name: str, method: Transform) -> None:
     )
 
 
-def _align(leaf, deltas, base, state, shared, *, svd, **axes):
+def _align(leaf, deltas, base, state, shared, *, rank, svd, **axes):
   del base, shared
   if mats.sizes(leaf.shape, **axes) is None:
     return deltas, ()
@@ -104,6 +112,7 @@ def _align(leaf, deltas, base, state, shared, *, svd, **axes):
   def directions(deltas, threshold):
     x = jnp.concatenate([mats.matrices(d, **axes) for d in deltas], -1)
     u, s, _ = mats.svd(x, svd)
+    u, s = u[..., :rank], s[..., :rank]
     least = jnp.maximum(
       mats.floor_of(s, x.shape[-2:]), jnp.asarray(threshold).astype(s.dtype)
     )
@@ -121,15 +130,16 @@ def _align(leaf, deltas, base, state, shared, *, svd, **axes):
   return tuple(meshes.on_leaf_mesh(part, d, d, u) for d in deltas), u
 
 
-def _counted(shapes, k, *, svd, **axes):
-  """Of a leaf with more outputs than all tasks have inputs not all counts."""
+def _counted(shapes, k, *, rank, svd, **axes):
+  """Of a leaf with more outputs than directions not all counts."""
   del svd
   found = []
   for shape in shapes:
     size = mats.sizes(shape, **axes)
     if size is not None:
       batch, outs, ins = size
-      shape = (batch, min(outs, k * ins), ins)
+      most = outs if rank is None else min(outs, rank)
+      shape = (batch, min(most, k * ins), ins)
     found.append(shape)
   return found
 
@@ -173,7 +183,8 @@ def svc(
   by how much more of each task there is along `u_r` than the task has:
   `s_ri = <a_r, a_ri> / |a_ri|^2` with `a_r = u_r^T merged` and
   `a_ri = u_r^T d_i`. Leaves with fewer than two axes stay as the method
-  merged them.
+  merged them. Derivatives in the contributors are NaN where the merge has
+  equal singular values, zeros among them.
 
   Args:
     method: the merge that is calibrated, a transform with a reducing step;
@@ -185,7 +196,7 @@ def svc(
       `max(mean_i s_ri, alpha)` if all `s_ri` are positive, or else kept.
       "paper", and FusionBench's code: by `mean_i max(s_ri, alpha)`.
     svd: "exact"; "gram": by the eigenvectors of a Gram matrix, several times
-      faster; values below about half a percent of the largest are kept.
+      faster; values below `sqrt(min(n, m) * eps)` of the largest are mixed.
     layout: which axes of a leaf are outputs: "in_out" of a kernel of flax,
       "out_in" in PyTorch.
     in_axes: see `tsv_m`.
@@ -234,7 +245,8 @@ def _calibrate(
   def whole(merged, tasks, alpha):
     x = mats.matrices(merged, **axes)
     u, s, vt = mats.svd(x, svd)
-    rows, alpha = s[..., None] * vt, jnp.asarray(alpha).astype(s.dtype)
+    rows = mats.dot(mats.transposed(u), x)  # s * vt, but for rounding
+    alpha = jnp.asarray(alpha).astype(s.dtype)
     least = jnp.asarray(1e-12, s.dtype)
     shares = []
     for task in tasks:
@@ -249,10 +261,7 @@ def _calibrate(
       )
       factors = jnp.maximum(_mean(shares), alpha)
       factors = jnp.where(positive, factors, jnp.ones_like(factors))
-    if svd == "gram":  # what has no vectors is kept as it is
-      calibrated = x + mats.dot(u * (s / factors - s)[..., None, :], vt)
-    else:
-      calibrated = mats.dot(u * (s / factors)[..., None, :], vt)
+    calibrated = x + mats.dot(u * (s / factors - s)[..., None, :], vt)
     return mats.leaf_like(calibrated, leaf.shape, **axes)
 
   (merged,) = deltas

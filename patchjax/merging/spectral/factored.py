@@ -41,9 +41,9 @@ def core_space(
   change of contributor i is `P M_i Q^T` exactly; a method merges the cores
   M_i, small matrices of at most the sum of the ranks. The patch stands for
   the dense merge `P method(M_1, ..., M_k) Q^T`. For methods that do not depend
-  on a basis (`task_arithmetic`, `tsv_m`, `wudi`, `star`) that is the method's
-  own merge of the dense changes; those that choose entries (`ties`) choose
-  them among those of the cores.
+  on a basis (`task_arithmetic`, `wudi`, `star`) that is the method's own merge
+  of the dense changes; so it is for `tsv_m` if all patches have one rank.
+  Those that choose entries (`ties`) choose them among those of the cores.
 
   As in the authors' code (apanariello4/core-space-merging), where the bases
   are the singular vectors of the factors put side by side, and TIES and

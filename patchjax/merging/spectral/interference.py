@@ -14,7 +14,7 @@ from patchjax.merging import inputs, running, steps
 from patchjax.merging.methods import options
 from patchjax.merging.spectral import matrices as mats
 from patchjax.merging.spectral.matrices import Layout
-from patchjax.patches import transform
+from patchjax.patches import meshes, transform
 from patchjax.patches.diff import diff
 from patchjax.patches.patch import Patch
 from patchjax.patches.transform import Transform, chain
@@ -50,7 +50,8 @@ def wudi(
   task vectors below each other, and of all minima the one nearest to the
   sum. In directions that no task has much of it may be long; `ridge` keeps it
   near the sum there. `wudi_difference` says how far the two are apart. Tasks
-  whose inputs are orthogonal are recovered exactly by both.
+  whose inputs are orthogonal are recovered exactly by both. Derivatives of
+  "closed" in the contributors are NaN where singular values are equal.
 
   Args:
     solver: "closed", or "adam": the authors' steps.
@@ -99,9 +100,9 @@ def _normed(tasks: tuple[Array, ...]) -> list[Array]:
   """Task vectors of length one, or none."""
   found = []
   for x in tasks:
-    length = jnp.sqrt(jnp.sum(x * x, (-2, -1), keepdims=True))
-    none = length == jnp.zeros_like(length)
-    found.append(x / jnp.where(none, jnp.ones_like(length), length))
+    square = jnp.sum(x * x, (-2, -1), keepdims=True)
+    none = square == jnp.zeros_like(square)
+    found.append(x / jnp.sqrt(jnp.where(none, jnp.ones_like(square), square)))
   return found
 
 
@@ -274,7 +275,6 @@ def wudi_difference(
     running.combine(patches, how, base=base, only=names) for how in ways
   ]
 
-  @jax.jit
   def compared(tasks, found):
     tasks = tuple(mats.matrices(x, **axes) for x in tasks)
     found = [mats.matrices(x, **axes) for x in found]
@@ -283,6 +283,8 @@ def wudi_difference(
       jnp.sqrt(jnp.sum(x * x)) for x in (found[1] - found[2], found[2])
     )
     return gap / jnp.where(length > 0, length, 1.0), losses
+
+  one_leaf = jax.jit(lambda *args: meshes.number_on_mesh(compared, *args))
 
   result = {}
   for name in names:
@@ -295,7 +297,7 @@ def wudi_difference(
     ]
     tasks = [_numbers(patch, name) for patch in one]
     found = [_numbers(merge, name) for merge in merges]
-    distance, losses = compared(tasks, found)
+    distance, losses = one_leaf(tasks, found)
     result[name] = WudiDifference(float(distance), *map(float, losses))
   return result
 

@@ -49,8 +49,10 @@ def iso_c(
 
 
 def _flat(tasks):
-  u, s, vt = mats.svd(functools.reduce(jnp.add, tasks))
-  return mats.dot(u * jnp.mean(s, -1)[..., None, None], vt)
+  total = functools.reduce(jnp.add, tasks)
+  directions, norm = mats.polar_and_norm(total, True)
+  count = jnp.asarray(min(total.shape[-2:]), norm.dtype)
+  return directions * (norm / count)[..., None, None]
 
 
 def _iso_c(leaf, deltas, base, state, shared, **axes):
@@ -86,7 +88,8 @@ def iso_cts(
   As in the authors' code (danielm1405/iso-merging): of r directions (the
   smaller side) `int(common * r)` are common, and then as many more or fewer
   as make the rest a multiple of the number of tasks. Leaves with fewer than
-  two axes get the mean.
+  two axes get the mean. Directions that no task has: see `iso_c`. Derivatives
+  in the contributors are NaN where singular values are equal.
 
   Args:
     common: share of the directions that is common; the paper's k / r. Static:

@@ -168,9 +168,9 @@ def svd(x: Array, how: Svd = "exact") -> tuple[Array, Array, Array]:
   Args:
     x: `[batch, n, m]`.
     how: "gram" goes by the eigenvectors of the smaller Gram matrix, of a
-      square one's rows. These are orthonormal, and the values are the lengths
-      of what they are mapped to; the vectors of the other side are zero where
-      values are below `floor_of`. All others are the device's own.
+      square one's rows, and a QR decomposition of what they are mapped to.
+      Values below `sqrt(min(n, m) * eps)` of the largest, and their vectors,
+      are mixed with each other. All others are the device's own.
   """
   if how != "gram":
     u, s, vt = jnp.linalg.svd(x, full_matrices=False)
@@ -184,25 +184,20 @@ def svd(x: Array, how: Svd = "exact") -> tuple[Array, Array, Array]:
 def _by_gram(x: Array) -> tuple[Array, Array, Array]:
   _, basis = jnp.linalg.eigh(dot(transposed(x), x))
   basis = basis[..., ::-1]
-  image = dot(x, basis)
-  s = jnp.sqrt(jnp.sum(image * image, -2))
-  there = s > floor_of(s, x.shape[-2:], "gram")
-  zero, one = jnp.zeros((), s.dtype), jnp.ones((), s.dtype)
-  u = image / jnp.where(there, s, one)[..., None, :]
-  return jnp.where(there[..., None, :], u, zero), s, transposed(basis)
+  u, r = jnp.linalg.qr(dot(x, basis))
+  s = jnp.diagonal(r, axis1=-2, axis2=-1)
+  signs = jnp.where(s < jnp.zeros_like(s), -jnp.ones_like(s), jnp.ones_like(s))
+  return u * signs[..., None, :], jnp.abs(s), transposed(basis)
 
 
-def floor_of(s: Array, shape: tuple[int, ...], how: Svd = "exact") -> Array:
+def floor_of(s: Array, shape: tuple[int, ...]) -> Array:
   """Returns what singular values of zero may become by rounding.
 
   Args:
     s: `[batch, r]` singular values, the largest first.
     shape: the two sides of the decomposed matrices.
-    how: they were computed: of "gram" it is where vectors are lost, about
-      half a percent of the largest value in float32.
   """
-  eps = float(np.finfo(s.dtype).eps)
-  share = math.sqrt(min(shape) * eps) if how == "gram" else max(shape) * eps
+  share = max(shape) * float(np.finfo(s.dtype).eps)
   return s[..., :1] * jnp.asarray(share, s.dtype)
 
 
@@ -237,7 +232,7 @@ def leading(
 
 
 def supported(
-  u: Array, s: Array, vt: Array, shape: tuple[int, ...], how: Svd = "exact"
+  u: Array, s: Array, vt: Array, shape: tuple[int, ...]
 ) -> tuple[Array, Array, Array]:
   """Returns triplets with zeros for those that are rounding errors alone.
 
@@ -248,9 +243,8 @@ def supported(
     s: `[batch, r]`.
     vt: `[batch, r, m]`.
     shape: see `floor_of`.
-    how: see `floor_of`.
   """
-  there = s > floor_of(s, shape, how)
+  there = s > floor_of(s, shape)
   zero = jnp.zeros((), s.dtype)
   return (
     jnp.where(there[..., None, :], u, zero),
@@ -263,7 +257,9 @@ def polar(x: Array, how: Svd = "exact") -> Array:
   """Returns the nearest matrices with orthonormal columns (or rows).
 
   `u @ vt` of the decomposition `u s vt`, the solution of the Procrustes
-  problem; of columns that are zero any completion.
+  problem. Where columns depend on each other there are many; it is that of
+  least length then, with no part in directions that `x` does not have. Its
+  derivative, unlike that of the decomposition, needs no distinct values.
 
   Args:
     x: `[batch, n, m]`.
@@ -271,8 +267,7 @@ def polar(x: Array, how: Svd = "exact") -> Array:
       Gram matrix, which loses half of the digits of nearly dependent columns.
   """
   if how == "exact":
-    u, _, vt = svd(x)
-    return dot(u, vt)
+    return polar_and_norm(x, False)[0]
   tall = x.shape[-2] >= x.shape[-1]
   gram = dot(transposed(x), x) if tall else dot(x, transposed(x))
   values, basis = jnp.linalg.eigh(gram)
@@ -283,3 +278,46 @@ def polar(x: Array, how: Svd = "exact") -> Array:
   roots = jnp.where(values > least, jax.lax.rsqrt(safe), jnp.zeros_like(safe))
   inverse = dot(basis * roots[..., None, :], transposed(basis))
   return dot(x, inverse) if tall else dot(inverse, x)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def polar_and_norm(x: Array, complete: bool) -> tuple[Array, Array]:
+  """Returns `polar(x)` and the sum of the singular values, `[batch]`.
+
+  Args:
+    x: `[batch, n, m]`.
+    complete: whether directions that `x` does not have are filled up.
+  """
+  u, s, vt = _parts(x, complete)
+  return dot(u, vt), jnp.sum(s, -1)
+
+
+def _parts(x, complete):
+  u, s, vt = svd(x)
+  return (u, s, vt) if complete else supported(u, s, vt, x.shape[-2:])
+
+
+@polar_and_norm.defjvp
+def _polar_jvp(complete, primals, tangents):
+  (x,), (dx,) = primals, tangents
+  u, s, vt = _parts(x, complete)
+  v = transposed(vt)
+  inner = dot(dot(transposed(u), dx), v)
+  turn = (inner - transposed(inner)) * _inverse(s[..., None, :] + s[..., None])
+  moved = dot(dot(u, turn), vt)
+  inverse = _inverse(s)
+  # What moves out of the directions of the longer side.
+  if x.shape[-2] >= x.shape[-1]:
+    along = dot(dx, v) - dot(u, inner)
+    moved = moved + dot(along * inverse[..., None, :], vt)
+  else:
+    along = dot(transposed(u), dx) - dot(inner, vt)
+    moved = moved + dot(u, along * inverse[..., None])
+  found = dot(u, vt)
+  norm = jnp.sum(found * dx, (-2, -1))
+  return (found, jnp.sum(s, -1)), (moved, norm)
+
+
+def _inverse(x):
+  none = x == jnp.zeros_like(x)
+  return jnp.where(none, x, 1 / jnp.where(none, jnp.ones_like(x), x))

@@ -36,18 +36,25 @@ def tsv_m(
   As in the authors' code (AntoAndGar/task_singular_vectors), where a matrix
   with fewer rows or columns than there are contributors keeps no triplet, and
   so stays at the base. There the triplets of singular values of zero, whose
-  vectors are arbitrary, disturb those of the other tasks; here they are left
-  out. The code keeps CLIP's `text_projection` from it: a mapping of selectors
-  to methods does that.
+  vectors are arbitrary, disturb those of the other tasks, and where vectors of
+  tasks depend on each other (tasks of one LoRA factor) the nearest orthonormal
+  ones are arbitrary too; here both are left out, and equal tasks are one task.
+  The code gives kernels of convolutions the mean, and CLIP's
+  `text_projection`; here they are as many matrices as `batch_axes` says: a
+  mapping of selectors to methods keeps leaves from it.
+
+  Derivatives in the contributors are NaN where a task has equal singular
+  values, zeros among them.
 
   Args:
     share: of the triplets that is kept; by default one over the number of
       contributors. Static: it sets shapes.
     scale: the paper's alpha; traced, differentiable.
     svd: "exact"; "gram": by eigenvectors of Gram matrices, several times
-      faster, without triplets below about half a percent of the largest;
-      "randomized": by `randomized_svd`, matrix products in the main, for
-      large leaves: within a percent where spectra decay.
+      faster: triplets below `sqrt(r * eps)` of the largest (.5 % of r = 200)
+      are mixed with each other; "randomized": by `randomized_svd`, matrix
+      products in the main, for large leaves: within a percent where spectra
+      decay.
     seed: of the random test matrices; folded with the leaf's name.
     layout: which axes of a leaf are outputs; does not matter here but for
       leaves of more than two axes.
@@ -81,16 +88,16 @@ def tsv_m(
 
 def _tsv(leaf, deltas, base, state, shared, *, share, svd, seed, **axes):
   del base, state, shared
-  part = 1 / len(deltas) if share is None else share
 
   def function(tasks, identity):
     outs, ins = tasks[0].shape[-2:]
-    rank = int(min(outs, ins) * part)
+    most = min(outs, ins)
+    rank = most // len(tasks) if share is None else int(most * share)
     if not rank:
       return jnp.zeros_like(tasks[0])
     key = mats.key_of(seed, identity)
     found = [
-      mats.supported(*mats.leading(x, rank, svd, key), (outs, ins), svd)
+      mats.supported(*mats.leading(x, rank, svd, key), (outs, ins))
       for x in tasks
     ]
     u = mats.polar(jnp.concatenate([u for u, _, _ in found], -1), svd)
