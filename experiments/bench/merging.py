@@ -2,8 +2,8 @@
 
 Four models of 50 million parameters are merged in patchjax, in mergekit 0.1.5
 and in plain PyTorch, beside the time that the bytes take; then files of 151
-million parameters by both command lines. All ratios are taken within one run,
-round by round.
+million parameters by both command lines. The ways take turns within one
+run; ratios are those of their medians.
 
 `--aot 70b --devices 256` instead compiles merges of a model of that size for
 that many devices, and prints what they would send and need; a GPU is measured

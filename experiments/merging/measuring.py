@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import pathlib
@@ -15,9 +16,11 @@ import numpy as np
 from experiments.merging.encoder import Params
 from experiments.merging.problem import Problem, timed
 from experiments.merging.recipes import Recipe
+from experiments.merging.settings import Settings
 
 # A merge that took longer than this, in CPU-seconds, is not run once more to
-# be timed without compilation, which is a small part of it.
+# be timed without compilation, which is a small part of it. (AdaMerging
+# compiles its step in every run.)
 _LONG = 20.0
 
 
@@ -33,6 +36,7 @@ class Result:
     tried: how many settings were scored on validation texts.
     cost: CPU-seconds of the merge, or of the training.
     statistics: CPU-seconds of the statistics that the merge reads.
+    stamp: what it depends on, see `stamped`.
   """
 
   outcomes: np.ndarray
@@ -41,6 +45,7 @@ class Result:
   tried: int = 0
   cost: float = float("nan")
   statistics: float = 0.0
+  stamp: str = ""
 
   def save(self, path: pathlib.Path) -> None:
     """Writes the result as one file without pickles."""
@@ -69,6 +74,19 @@ def points(recipe: Recipe) -> Iterator[dict[str, Any]]:
     yield dict(zip(recipe.grid, values))
 
 
+def stamped(settings: Settings, recipe: Recipe | None) -> str:
+  """A digest of what a row of a seed depends on, beside the code.
+
+  Args:
+    settings: of the experiment.
+    recipe: of the row; None for a baseline.
+  """
+  facts: list[Any] = [dataclasses.asdict(settings) | {"seeds": None}]
+  if recipe is not None:
+    facts += [sorted(recipe.grid.items()), list(recipe.scales)]
+  return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
 def measure(recipe: Recipe, problem: Problem) -> Result:
   """Merges with every setting, and tests the best on validation texts.
 
@@ -82,9 +100,9 @@ def measure(recipe: Recipe, problem: Problem) -> Result:
   choices = [(o, s) for o in points(recipe) for s in recipe.scales]
   best: Any = (-1.0, choices[0], None, 0.0)
   for options in points(recipe):
-    before = sum(problem.costs.values())
+    before = problem.spent
     merged, cost = timed(recipe.merge, problem, **options)
-    cost -= sum(problem.costs.values()) - before  # of statistics, told apart
+    cost -= problem.spent - before  # of statistics, told apart
     for scale in recipe.scales:
       upper = (
         merged

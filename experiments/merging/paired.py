@@ -2,9 +2,9 @@
 
 Every model of every seed is tested on the same texts, so that two methods are
 compared text by text and seed by seed. Both are samples: other texts and
-other seeds would give other means. The variance of a mean is therefore
-clustered both ways (Cameron, Gelbach & Miller, 2011): what texts add, plus
-what seeds add, less what is counted twice.
+other seeds would give other means. The variance of a mean is therefore that of
+an analysis of variance with both at random, crossed: what texts add, plus what
+seeds add, less what is counted twice (their interaction).
 """
 
 from __future__ import annotations

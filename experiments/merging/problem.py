@@ -46,7 +46,8 @@ class Problem:
       for.
     unions: patches trained on all tasks, each with its CPU-seconds.
     training: CPU-seconds of training the specialists.
-    costs: CPU-seconds of every statistic that was taken.
+    costs: CPU-seconds of every statistic that was taken, not compiled.
+    spent: CPU-seconds of all statistics, with their compilation.
   """
 
   encoder: Encoder
@@ -59,6 +60,7 @@ class Problem:
   unions: Mapping[str, tuple[pj.Patch, float]]
   training: float
   costs: dict[str, float] = dataclasses.field(default_factory=dict)
+  spent: float = 0.0
   _known: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
   _models: list[Params] = dataclasses.field(default_factory=list)
 
@@ -95,4 +97,5 @@ class Problem:
       self._known[name] = found
       # The first one compiles, the others do the same work again.
       self.costs[name] = len(costs) * statistics.median(costs)
+      self.spent += sum(costs)
     return self._known[name]

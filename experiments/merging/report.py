@@ -145,6 +145,7 @@ def markdown(table: Sequence[Row], names: Sequence[str]) -> str:
     "tried",
     "chosen",
     "CPU-s",
+    "reads",
   )
   lines = [_line(head), _line(["---", *["--:"] * (len(head) - 1)])]
   ordered = sorted(table, key=lambda row: -row.accuracy)
@@ -161,6 +162,7 @@ def markdown(table: Sequence[Row], names: Sequence[str]) -> str:
           row.tried or "",
           chosen(row.options),
           cost(row),
+          row.data,
         ]
       )
     )

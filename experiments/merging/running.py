@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
@@ -70,13 +71,22 @@ def run(
       `config.json`.
     cache: where trained patches are kept; default the demo's cache.
     methods: default all.
-    resume: whether rows that `workdir` holds already are taken from there.
+    resume: whether rows that `workdir` holds already are taken from there, if
+      they are of these settings.
     echo: receives one line for every row.
 
   Returns:
     The table.
+
+  Raises:
+    ValueError: if the method that all are compared with is not among them.
   """
   methods = recipes() if methods is None else methods
+  if report.REFERENCE not in {recipe.name for recipe in methods}:
+    raise ValueError(
+      f"rows are compared with {report.REFERENCE}, add it to the methods"
+    )
+  by_name = {recipe.name: recipe for recipe in methods}
   pools = _Pools(world, settings)
   results: dict[str, list[Result]] = {}
   for seed in settings.seeds:
@@ -89,10 +99,13 @@ def run(
     }
     for name, measure in rows.items():
       path = folder / f"{name}.npz"
-      if resume and path.exists():
-        result = Result.load(path)
+      stamp = measuring.stamped(settings, by_name.get(name))
+      held = Result.load(path) if resume and path.exists() else None
+      if held is not None and held.stamp == stamp:
+        result = held
       else:
         result, seconds = timed(measure, problem)
+        result = dataclasses.replace(result, stamp=stamp)
         result.save(path)
         score = pools.test.means(result.outcomes).mean()
         echo(

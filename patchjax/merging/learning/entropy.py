@@ -9,14 +9,16 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from patchjax.merging import inputs, running, steps
+from patchjax.merging import inputs, running
 from patchjax.merging.learning import fitting
+from patchjax.merging.steps import elect_sign, weighted_sum
 from patchjax.patches.codes import Dense
 from patchjax.patches.deltas import Delta
 from patchjax.patches.patch import Patch
 from patchjax.patches.perleaf import PerLeaf
-from patchjax.patches.transform import Transform, chain
+from patchjax.patches.transform import chain
 from patchjax.patches.trimming import trim
+from patchjax.trees.dtypes import is_array
 from patchjax.trees.names import named_leaves
 
 Array = Any
@@ -78,6 +80,7 @@ def adamerging(
   Raises:
     MismatchError: if a contributor does not fit; lists every leaf.
     NonFiniteError: if the entropy is NaN or Inf.
+    TypeError: if the inputs are one array, not a sequence of one a task.
     ValueError: if tasks and heads are not equally many, or for a bad option.
 
   Example:
@@ -94,6 +97,11 @@ def adamerging(
   """
   if level not in ("task", "layer", "leaf"):
     raise ValueError(f"level must be 'task', 'layer' or 'leaf', got {level!r}")
+  if is_array(data):
+    raise TypeError(
+      f"data is an array of shape {data.shape}; give the inputs of each task: "
+      "[inputs_of_a, inputs_of_b]"
+    )
   if optimizer is None:
     import optax
 
@@ -124,7 +132,7 @@ def adamerging(
   found = fitting.fit_numbers(
     base,
     contributors,
-    lambda numbers: _summed(effective(numbers)),
+    lambda numbers: weighted_sum(weights=effective(numbers)),
     dict.fromkeys(groups.values(), start),
     loss,
     data if isinstance(data, Iterator) else tuple(data),
@@ -150,10 +158,6 @@ def prediction_entropy(logits: Array) -> Array:
   """
   log_p = jax.nn.log_softmax(jnp.asarray(logits).astype(jnp.float32))
   return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
-
-
-def _summed(weights: Any) -> Transform:
-  return steps.weighted_sum(weights=weights)
 
 
 def _clipped(c: Array) -> Array:
@@ -194,7 +198,7 @@ def _elected(
   kept = running.run_leaves(
     inputs.floats_of(named, None),
     sources,
-    chain(trim(density=density, one_more=True), steps.elect_sign()),
+    chain(trim(density=density, one_more=True), elect_sign()),
     None,
     as_params=False,
   )

@@ -99,9 +99,9 @@ def fit_numbers(
     [0.5  0.25]
   """
   check_inputs(base, contributors, only)
-  if optimizer is None:
-    import optax
+  import optax
 
+  if optimizer is None:
     optimizer = optax.adam(1e-2)
   arrays, rebuild = parted((base, list(contributors)))
 
@@ -116,7 +116,7 @@ def fit_numbers(
     # optax raises floats to the power of a step count.
     with jax.numpy_dtype_promotion("standard"):
       updates, state = optimizer.update(grads, state, numbers)
-    numbers = jax.tree.map(lambda x, u: x + u.astype(x.dtype), numbers, updates)
+      numbers = optax.apply_updates(numbers, updates)
     return now, numbers, state
 
   numbers = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), numbers)
