@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from patchjax.merging.alignment import specs
@@ -51,8 +51,9 @@ def given_permutations(
   Raises:
     MismatchError: if sizes do not fit, or permuting a dimension changes what
       the model computes; names it, and its leaves.
-    NonFiniteError: if the model gives NaN or Inf in the check.
-    StructureError: if a leaf or dimension is not there.
+    NonFiniteError: if the model gives NaN in the check.
+    StructureError: if a leaf or dimension is not there, or outputs do not
+      depend on the parameters.
 
   Example:
     >>> import numpy as np, patchjax as pj
@@ -103,45 +104,47 @@ def checked(
     params: pytree of arrays.
     *inputs: arrays it is called with.
     seed: of what is random.
-    tolerance: the largest difference allowed, relative to the largest output;
-      by default 1e-3 for float32, 1e-7 for float64, 0.1 for half precision.
+    tolerance: the largest difference allowed, relative to what moving the
+      parameters changes; by default 1e-3 for float32, 1e-7 for float64, 0.1
+      for half precision.
 
   Raises:
     MismatchError: if outputs differ; names the dimensions and their leaves.
-    NonFiniteError: if the model gives NaN or Inf.
+    NonFiniteError: if the model gives NaN.
+    StructureError: if the outputs do not depend on the parameters.
   """
   rng = np.random.default_rng(seed)
-  moved = _moved(params, rng)
-  given = tuple(_moved(x, rng) for x in inputs)
+  near, other = moved(params, rng), moved(params, rng)
+  given = tuple(moved(x, rng) for x in inputs)
   run = jax.jit(lambda p: apply_fn(p, *given))
-  expected = _outputs(run(moved))
-  if not all(np.isfinite(x).all() for x in expected):
-    raise NonFiniteError(
-      "the model gives NaN or Inf for parameters and inputs near those given, "
-      "so that nothing can be checked; give others"
-    )
+  expected = _outputs(run(near))
+  scales = spreads(expected, run(other))
+
+  def error(permutations, tolerance):
+    found = run(specs.permute(spec, permutations, near))
+    return difference(expected, found, scales, tolerance)
+
   everything = specs.random_permutations(spec, rng)
-  found = _outputs(run(specs.permute(spec, everything, moved)))
-  error = _error(expected, found, tolerance)
-  if error > 1:
+  if error(everything, tolerance) > 1:
     wrong = [
       f" - {name}, in {', '.join(spec.where(name))}"
       for name, table in everything.items()
-      if not _same(run, spec, {name: table}, moved, expected, tolerance)
+      if error({name: table}, tolerance) > 1
     ]
     raise MismatchError(
       "the model computes something else when these are permuted:\n"
       + "\n".join(wrong or [" - all together"])
     )
-  return dataclasses.replace(spec, error=_error(expected, found, 1.0))
+  return dataclasses.replace(spec, error=error(everything, 1.0))
 
 
-def _same(run, spec, permutations, params, expected, tolerance):
-  found = _outputs(run(specs.permute(spec, permutations, params)))
-  return _error(expected, found, tolerance) <= 1
+def moved(tree: Any, rng: np.random.Generator) -> Any:
+  """Returns a pytree whose floating point numbers are moved at random.
 
-
-def _moved(tree: Any, rng: np.random.Generator) -> Any:
+  Args:
+    tree: pytree of arrays.
+    rng: draws by how much.
+  """
   named, treedef = flatten(tree)
 
   def move(x):
@@ -161,29 +164,80 @@ def _outputs(tree: Any) -> list[np.ndarray]:
   return [np.asarray(x) for x in jax.tree.leaves(tree)]
 
 
-def difference(expected: Any, found: Any) -> float:
+def spreads(one: Any, other: Any) -> list[float]:
+  """Returns how far outputs of two models differ: the scales of errors.
+
+  The largest output would be none: the one large number that a mask puts in
+  would hide all others.
+
+  Args:
+    one: pytree of a model's outputs.
+    other: those of other parameters.
+
+  Returns:
+    One number a leaf.
+
+  Raises:
+    NonFiniteError: if there is NaN.
+    StructureError: if they do not differ.
+  """
+  pairs = list(zip(_outputs(one), _outputs(other), strict=True))
+  if any(np.isnan(x).any() for pair in pairs for x in pair):
+    raise NonFiniteError(
+      "the model gives NaN for parameters and inputs near those given, so "
+      "that nothing can be checked; give others"
+    )
+  found = []
+  for x, y in pairs:
+    gaps = _gaps(x, y)
+    found.append(float(gaps[np.isfinite(gaps)].max(initial=0)))
+  if not any(found):
+    raise StructureError(
+      "the model's outputs do not depend on the parameters for these inputs, "
+      "so that nothing can be checked; give others"
+    )
+  return found
+
+
+def difference(
+  expected: Any,
+  found: Any,
+  scales: Sequence[float],
+  tolerance: float | None,
+) -> float:
   """Returns how far outputs differ, 1 being the most that rounding explains.
 
   Args:
     expected: pytree of a model's outputs.
     found: pytree of others.
+    scales: by how much each leaf may differ at all, see `spreads`.
+    tolerance: the largest difference allowed, as a part of the scale; None
+      for that of the leaf's dtype.
   """
-  return _error(_outputs(expected), _outputs(found), None)
-
-
-def _error(expected, found, tolerance) -> float:
-  """Returns the largest difference, in units of the tolerance."""
   worst = 0.0
-  for x, y in zip(expected, found, strict=True):
-    if not x.size:
-      continue
+  for x, y, scale in zip(
+    _outputs(expected), _outputs(found), scales, strict=True
+  ):
     allowed = tolerance
     if allowed is None:
       allowed = {2: 0.1, 4: 1e-3, 8: 1e-7}.get(x.dtype.itemsize, 0.1)
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    size = max(float(np.abs(x).max()), float(np.finfo(np.float32).tiny))
-    worst = max(worst, float(np.abs(x - y).max()) / size / allowed)
-  return worst if math.isfinite(worst) else math.inf
+    gap = float(_gaps(x, y).max(initial=0))
+    worst = max(worst, gap / max(scale * allowed, _TINY))
+  return worst
+
+
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+def _gaps(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+  """Returns how far numbers are apart: 0 if by their last bits, Inf by NaN."""
+  bits = 0.0
+  if jnp.issubdtype(x.dtype, jnp.inexact):
+    bits = 8 * float(jnp.finfo(x.dtype).eps)
+  x, y = (z.astype(np.result_type(z.dtype, np.float64)) for z in (x, y))
+  with np.errstate(invalid="ignore"):
+    gaps = np.where(np.isclose(x, y, bits, 0), 0, np.abs(x - y))
+  return np.where(np.isnan(gaps), np.inf, gaps)
 
 
 def require_checked(spec: specs.PermutationSpec) -> None:

@@ -49,15 +49,16 @@ def infer_permutations(
     on_doubt: what to do with dimensions that meet a primitive without a rule:
       "refuse", or "fix": let them keep their order, which is always right.
     seed: of the check.
-    tolerance: of the check, relative to the largest output; by default 1e-3
-      for float32, less for float64, more for half precision.
+    tolerance: of the check, relative to what moving the parameters at random
+      changes; by default 1e-3 for float32, less for float64, more for half
+      precision.
 
   Returns:
     The spec. Print it: it says why what does not move does not.
 
   Raises:
     MismatchError: if the check fails: a rule would be wrong.
-    NonFiniteError: if the model gives NaN or Inf in the check.
+    NonFiniteError: if the model gives NaN in the check.
     StructureError: if a primitive has no rule (it is named, with the leaves
       whose axes it reads), or nothing can be permuted.
 

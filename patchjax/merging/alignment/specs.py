@@ -54,7 +54,8 @@ class PermutationSpec:
       dimensions, or integers for runs of entries that keep their order.
     reasons: why axes keep their order, by leaf and axis (`"out/kernel:1"`).
     error: by how much outputs differed when all were permuted at random,
-      relative to the largest output; None if it was not checked.
+      relative to what moving the parameters changes; None if it was not
+      checked.
   """
 
   dimensions: Mapping[str, Hidden]
