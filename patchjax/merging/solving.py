@@ -279,7 +279,8 @@ def by_inputs(
   right = right * root[:, :, None]
   factor = jnp.linalg.cholesky(unit)
   pivots = jnp.diagonal(factor, axis1=-2, axis2=-1)
-  least = jnp.asarray(4 * n * np.finfo(total.dtype).eps, total.dtype)
+  eps = float(np.finfo(total.dtype).eps)
+  least = jnp.asarray(4 * n * eps, total.dtype)
   sound = jnp.all(jnp.square(pivots) > least)  # no NaN is
 
   def solved(b):
@@ -295,7 +296,10 @@ def by_inputs(
 
   def by_eigenvectors():
     sizes, vectors = jnp.linalg.eigh(unit)
-    seen = sizes > least * jnp.max(sizes, axis=-1, keepdims=True)
+    # What rounding makes of a size of 0 is up to 5 eps of the largest; the
+    # bound of pivots, which grow with n, would take what data has for it.
+    noise = jnp.asarray(16 * eps, total.dtype)
+    seen = sizes > noise * jnp.max(sizes, axis=-1, keepdims=True)
     share = jnp.where(seen, 1 / jnp.where(seen, sizes, none + 1), none)
     along = dot(_turned(vectors), right)
     found = dot(vectors, along * share[:, :, None]) * root[:, :, None]

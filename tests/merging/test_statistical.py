@@ -115,6 +115,29 @@ def test_what_no_data_sees_stays_at_the_mean_or_at_the_start():
   np.testing.assert_allclose(unseen @ merged, unseen @ far["w"], atol=1e-3)
 
 
+def test_regmean_keeps_small_directions_that_data_has():
+  # Rows that share a mean have one large direction, and 39 tiny ones.
+  inputs, count = 64, (20, 20)
+  rng = np.random.default_rng(4)
+  rows = [1 + 0.1 * rng.standard_normal((n, inputs)) for n in count]
+  leaves = [rng.standard_normal((inputs, 2)).astype("f4") for _ in count]
+  grams = [(x.T @ x / len(x)).astype("f4") for x in rows]
+  known = [
+    solving.Curvature(left=jnp.asarray(g[None]), layer=FLAT) for g in grams
+  ]
+  start = sum(leaves) / 2
+  found = solving.by_inputs(known, leaves, jnp.asarray(start))
+  wide = np.concatenate(rows)
+  answers = np.concatenate([x @ w for x, w in zip(rows, leaves)])
+  wanted = start + np.linalg.pinv(wide) @ (answers - wide @ start)
+  errors = [
+    np.linalg.norm(wide @ w - answers) for w in (start, np.asarray(found))
+  ]
+  assert errors[1] < 1e-2 * errors[0]
+  close = np.abs(wanted - start).max()
+  np.testing.assert_allclose(found, wanted, atol=3e-2 * close)
+
+
 def factors(shape, layer, seed):
   rng = np.random.default_rng(seed)
   batch, inputs, outputs = layer.sizes(shape)
