@@ -45,7 +45,7 @@ def infer_permutations(
   Args:
     apply_fn: the model, `(params, *inputs)`, traceable.
     params: pytree of arrays.
-    *inputs: arrays it is called with; a few examples are enough.
+    *inputs: arrays it is called with; a few examples that differ are enough.
     on_doubt: what to do with dimensions that meet a primitive without a rule:
       "refuse", or "fix": let them keep their order, which is always right.
     seed: of the check.
@@ -54,13 +54,16 @@ def infer_permutations(
       precision.
 
   Returns:
-    The spec. Print it: it says why what does not move does not.
+    The spec. Print it: it says why what does not move does not, and of which
+    leaves the check sees nothing, since these inputs do not show them (one
+    step alone hides queries and keys): give others, or trust the rules.
 
   Raises:
     MismatchError: if the check fails: a rule would be wrong.
     NonFiniteError: if the model gives NaN in the check.
     StructureError: if a primitive has no rule (it is named, with the leaves
-      whose axes it reads), or nothing can be permuted.
+      whose axes it reads), nothing can be permuted, or outputs do not depend
+      on the parameters.
 
   Example:
     >>> import jax, numpy as np, patchjax as pj

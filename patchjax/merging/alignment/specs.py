@@ -56,12 +56,18 @@ class PermutationSpec:
     error: by how much outputs differed when all were permuted at random,
       relative to what moving the parameters changes; None if it was not
       checked.
+    unseen: by dimension, leaves that the check says nothing of: permuting
+      them alone did not change the outputs. It is so with biases of keys,
+      which a softmax forgets, and with what the inputs leave unused.
   """
 
   dimensions: Mapping[str, Hidden]
   axes: Mapping[str, tuple[Axis, ...]]
   reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
   error: float | None = None
+  unseen: Mapping[str, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def moving(self) -> tuple[str, ...]:
@@ -97,6 +103,10 @@ class PermutationSpec:
       inside = f", within {', '.join(hidden.within)}" if hidden.within else ""
       rows.append(f"  {name}: {hidden.size} units{inside}")
       rows.append(f"    in {', '.join(self.where(name))}")
+      if name in self.unseen:
+        rows.append(
+          f"    the check sees nothing of {', '.join(self.unseen[name])}"
+        )
     for key, reason in self.reasons.items():
       rows.append(f"  {key} keeps its order: {reason}")
     return "\n".join(["PermutationSpec", *rows])
