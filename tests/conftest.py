@@ -8,6 +8,8 @@ import os
 
 # Before jax starts: config, not XLA_FLAGS, so that a user's flags survive.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A process a core is enough: threads of OpenBLAS would wait by spinning.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis
 import jax
