@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,8 @@ import numpy as np
 from patchjax.patches import transform
 from patchjax.patches.perleaf import PerLeaf
 from patchjax.statistics import Fisher, Gram, KFac, LinearLayer
-from patchjax.trees.errors import StructureError
+from patchjax.trees.errors import SelectionError, StructureError
+from patchjax.trees.suggest import list_names
 
 Array = Any
 
@@ -154,6 +155,56 @@ def of_statistics(statistics: Sequence[Any]) -> PerLeaf:
     {name: tuple(table[name] for table in tables) for name in names},
     optional=True,
   )
+
+
+def check_fit(numbers: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
+  """Refuses statistics of other leaves than those that are merged.
+
+  Names that differ by a prefix would make a plain mean of every leaf, and a
+  diagonal of another shape may broadcast.
+
+  Args:
+    numbers: of a step; "curvatures", and "init" if there is one.
+    shapes: `{name: ShapeDtypeStruct}` of the leaves that are merged.
+
+  Raises:
+    SelectionError: if no leaf has a statistic, or none has a start.
+    StructureError: if one is not of its leaf's shape.
+  """
+  for key, what in (("curvatures", "statistics are"), ("init", "init is")):
+    given = numbers.get(key)
+    if given is None or not shapes:
+      continue
+    both = [name for name in shapes if name in given.values]
+    if not both:
+      raise SelectionError(
+        f"the {what} of {list_names(given.values)}, and what is merged is "
+        f"{list_names(shapes)}; no name is the same. Name the leaves alike, "
+        "or leave those without out of this merge"
+      )
+    for name in both:
+      shape = tuple(shapes[name].shape)
+      for part, found, expected in _parts(given.values[name], shape):
+        if tuple(np.shape(found)) != expected:
+          raise StructureError(
+            f"{name}: its {part} is of shape {tuple(np.shape(found))}, "
+            f"expected {expected} for a leaf of shape {shape}"
+          )
+
+
+def _parts(given: Any, shape: tuple[int, ...]) -> Iterator[tuple]:
+  """Yields `(what, array, expected shape)` of what is given for a leaf."""
+  if not isinstance(given, tuple):
+    yield "init", given, shape
+    return
+  for one in given:
+    if one.diagonal is not None:
+      yield "diagonal", one.diagonal, shape
+      continue
+    batch, inputs, outputs = one.layer.sizes(shape)
+    yield "matrix of inputs", one.left, (batch, inputs, inputs)
+    if one.right is not None:
+      yield "matrix of outputs", one.right, (batch, outputs, outputs)
 
 
 def _curvatures(statistic: Any) -> dict[str, Curvature]:

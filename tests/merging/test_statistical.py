@@ -358,6 +358,43 @@ def test_a_repository_knows_statistics_by_their_digest():
       repo.replay()
 
 
+def test_statistics_of_other_leaves_are_refused():
+  leaf = np.zeros((4, 3), "f4")
+  nested, others = {"params": {"w": leaf}}, [{"w": leaf}, {"w": leaf + 1}]
+
+  def refused(method, error, match, **how):
+    with pytest.raises(error, match=match):
+      pj.merge(others[0], others, method, **how)
+
+  def fishers(params):
+    values = dict(pj.trees.named_leaves(params))
+    return [Fisher(values, 3, "exact")] * 2
+
+  def grams(name, size=4):
+    values = {name: np.ones((1, size, size), "f4")}
+    return [Gram(values, {name: 3}, 3, ((name, FLAT),))] * 2
+
+  match = "of 'params/w', and what is merged is 'w'"
+  refused(pj.merging.fisher(fishers=fishers(nested)), SelectionError, match)
+  refused(pj.merging.regmean(grams=grams("params/w")), SelectionError, match)
+  mats = pj.merging.mats(statistics=grams("params/w"))
+  refused(mats, SelectionError, match)
+  refused({"w": mats}, SelectionError, match, only="w")
+  with pytest.raises(SelectionError, match=match):
+    mats.init(others[0])
+  mats = pj.merging.mats(statistics=grams("w"), init=nested)
+  refused(mats, SelectionError, match)
+  # What would broadcast, or be no product of matrices.
+  mats = pj.merging.mats(statistics=grams("w"), init={"w": leaf[0]})
+  refused(mats, StructureError, r"init is of shape \(3,\), expected \(4, 3\)")
+  row = fishers({"w": leaf[0]})
+  match = r"w: .*diagonal is of shape \(3,\), expected \(4, 3\)"
+  refused(pj.merging.fisher(fishers=row), StructureError, match)
+  refused(pj.merging.mats(statistics=row), StructureError, match)
+  match = r"w: .*matrix of inputs is of shape \(1, 5, 5\), expected \(1, 4, 4\)"
+  refused(pj.merging.regmean(grams=grams("w", 5)), StructureError, match)
+
+
 def test_bad_input():
   found = tasks()
   others = models(found)

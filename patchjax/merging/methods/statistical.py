@@ -61,7 +61,9 @@ def fisher(
       F, see `statistics.shrink`.
 
   Raises:
-    StructureError: if the Fishers are not of the same leaves.
+    SelectionError: in the merge, if none of its leaves has a Fisher.
+    StructureError: if the Fishers are not of the same leaves,
+      or, in the merge, not of the shapes of its leaves.
 
   Example:
     >>> import numpy as np, patchjax as pj
@@ -82,6 +84,12 @@ def fisher(
     "norms": jnp.stack([_norm(f) for f in fishers]) if normalize else None,
   }
   return Transform.of(_FISHER, numbers, favor=favor)
+
+
+def _fitting(numbers, shapes, **options):
+  del options
+  solving.check_fit(numbers, shapes)
+  return numbers
 
 
 def _norm(fisher: Fisher) -> Array:
@@ -127,7 +135,7 @@ def _fisher(leaf, deltas, base, state, shared, *, favor):
 
 
 _FISHER = transform.register_step(
-  transform.Step(name="fisher", update=_fisher, reducing=True)
+  transform.Step(name="fisher", update=_fisher, init=_fitting, reducing=True)
 )
 
 
@@ -167,7 +175,9 @@ def regmean(
       diagonal, the same for all inputs; see `statistics.shrink`.
 
   Raises:
-    StructureError: if the Gram matrices are not of the same layers.
+    SelectionError: in the merge, if none of its leaves has a Gram matrix.
+    StructureError: if the Gram matrices are not of the same layers,
+      or, in the merge, not of the shapes of its leaves.
 
   Example:
     >>> import numpy as np, patchjax as pj
@@ -220,6 +230,7 @@ _REGMEAN = transform.register_step(
   transform.Step(
     name="regmean",
     update=_regmean,
+    init=_fitting,
     reducing=True,
     space=lambda: "either",
   )
@@ -260,7 +271,10 @@ def mats(
     shrinkage: see `statistics.shrink`.
 
   Raises:
-    StructureError: if the statistics are not of one kind and the same leaves.
+    SelectionError: in the merge, if none of its leaves has a statistic, or
+      none a leaf of `init`.
+    StructureError: if the statistics are not of one kind and the same leaves,
+      or, in the merge, not of the shapes of its leaves.
 
   Example:
     >>> import numpy as np, patchjax as pj
@@ -313,7 +327,11 @@ def _mats(leaf, values, base, state, shared, *, iterations):
 
 _MATS = transform.register_step(
   transform.Step(
-    name="mats", update=_mats, reducing=True, space=lambda **_: "params"
+    name="mats",
+    update=_mats,
+    init=_fitting,
+    reducing=True,
+    space=lambda **_: "params",
   )
 )
 
