@@ -7,7 +7,17 @@ import pytest
 
 from patchjax.merging import alignment
 from patchjax.trees.errors import StructureError
-from tests.merging.networks import normed, plus
+from tests.merging.networks import drawn, normed, plus
+
+
+# Entry i of the result is not entry i's: numbers of different heads meet.
+HEADS_MEET = {
+  "cumsum": lambda y: jnp.cumsum(y, -2),
+  "flip": lambda y: y + jnp.flip(y, -2),
+  "rolled": lambda y: y * jnp.roll(y, 1, -2),
+  "sort": lambda y: jnp.sort(y, -2),
+  "taken": lambda y: y + jnp.take(y, np.arange(y.shape[-2])[::-1], -2),
+}
 
 
 class Drawn:
@@ -61,7 +71,9 @@ class Drawn:
   def heads(self):
     """An operation within heads, or between them, or on one of them."""
     n = int(self.rng.choice([2, 3, 4]))
-    kind = self.rng.choice(["norm", "mix", "each", "swap", "first", "roll"])
+    kind = self.rng.choice(
+      ["norm", "mix", "each", "swap", "first", "roll", *HEADS_MEET]
+    )
     size = self.width // n
     mixer = self.leaf(n, n) if kind == "mix" else self.leaf(n, size, size)
 
@@ -77,8 +89,10 @@ class Drawn:
         y = jnp.swapaxes(y, -1, -2)
       elif kind == "first":
         y = y.at[:, 0].mul(np.float32(0.5))
-      else:
+      elif kind == "roll":
         y = jnp.roll(y, 1, axis=-1)
+      else:
+        y = HEADS_MEET[kind](y)
       return y.reshape(x.shape)
 
     self.layers.append(run)
@@ -160,3 +174,35 @@ def test_what_is_inferred_is_so(seed):
   y, z = (jax.jit(network)(p, x) for p in (network.params, other))
   scale = float(np.abs(y).max())
   np.testing.assert_allclose(y / scale, z / scale, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", HEADS_MEET)
+def test_numbers_of_heads_that_meet_move_alike(kind):
+  def network(p, x):
+    y = HEADS_MEET[kind]((x @ p["w"]).reshape(3, 3, 4))
+    return jnp.tanh(y).reshape(3, 12) @ p["o"]
+
+  params = drawn({"w": (8, 12), "o": (12, 5)})
+  x = drawn({"x": (3, 8)}, 1)["x"]
+  spec = alignment.infer_permutations(network, params, x)
+  assert [spec.table(name) for name in spec.moving] == [(4,)]
+
+
+def added_up():
+  return jnp.cumsum(jnp.ones(8, np.float32))
+
+
+def written_into():
+  return jax.lax.dynamic_update_slice(
+    jnp.ones(8, np.float32), jnp.zeros(2, np.float32), (2,)
+  )
+
+
+@pytest.mark.parametrize("unequal", [added_up, written_into])
+def test_what_is_made_equal_may_not_stay_so(unequal):
+  def network(p, x):
+    return jnp.tanh((x @ p["w1"]) * unequal()) @ p["w2"]
+
+  params = {"w1": np.ones((4, 8), "f"), "w2": np.ones((8, 2), "f")}
+  with pytest.raises(StructureError, match="w1:1: .* reads its entries"):
+    alignment.infer_permutations(network, params, np.ones(4, np.float32))

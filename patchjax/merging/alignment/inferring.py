@@ -222,7 +222,8 @@ def _within(
 
   Dimension d may be in another order for each entry of h if no array has d
   without h, or h twice, and no contraction aligns d of its operands without
-  aligning h too: else entries of d of different h would meet.
+  aligning h too: else entries of d of different h would meet. So they would if
+  h stood for an axis along which an array with d was put in another order.
   """
   candidates = {d: [h for h in known if h is not d] for d in moving}
   for value in trace.arrays:
@@ -237,6 +238,11 @@ def _within(
     together = {*tracing.roots(met), *tracing.roots([tuple(around)])}
     for d in together & candidates.keys():
       candidates[d] = [h for h in candidates[d] if h in together]
+  for new, old in trace.made:
+    # By now it may be the same as the dimension of the axis that was read.
+    apart = set(tracing.roots([new]))
+    for d in {*tracing.roots([old])} & candidates.keys():
+      candidates[d] = [h for h in candidates[d] if h not in apart]
   # Of two that may each differ within the other, the first is the outer one.
   place = {h: i for i, h in enumerate(known)}
   return {

@@ -118,37 +118,41 @@ def _arg(eqn, ins):
   return _reduction(eqn, ins)
 
 
+def _read(eqn: Any, labels: Labels, axes: set[int]) -> Labels:
+  """Binds axes that are read by place, and returns the labels of the result.
+
+  Entry i of the result is not made of entry i alone: along these axes it has a
+  dimension of its own, or what lies within the other would seem not to mix.
+  """
+  shape = eqn.outvars[0].aval.shape
+  for axis in axes:
+    pin(labels[axis], place(eqn))
+  return tuple(
+    fixed(shape[i], place(eqn)) if i in axes else label
+    for i, label in enumerate(labels)
+  )
+
+
 def _along(key: str) -> Rule:
   """Returns the rule of what reads along the axes that a parameter names."""
 
   def rule(eqn, ins):
     axes = eqn.params[key]
-    for axis in (axes,) if isinstance(axes, int) else axes:
-      for labels in ins:
-        pin(labels[int(axis)], place(eqn))
-    return [ins[0]] * len(eqn.outvars)
+    axes = (axes,) if isinstance(axes, int) else axes
+    return [_read(eqn, ins[0], {int(axis) for axis in axes})]
 
   return rule
 
 
 def _sort(eqn, ins):
-  axis = eqn.params["dimension"]
-  for labels in ins:
-    pin(labels[axis], place(eqn))
   # Operands are moved together, by the keys among them.
-  return elementwise(eqn, ins)
+  labels = elementwise(eqn, ins)[0]
+  return [_read(eqn, labels, {eqn.params["dimension"]})] * len(eqn.outvars)
 
 
 def _top_k(eqn, ins):
   axis = eqn.params.get("axis", -1) % len(ins[0])
-  pin(ins[0][axis], place(eqn))
-  return [
-    tuple(
-      label if i != axis else fixed(out.aval.shape[axis], place(eqn))
-      for i, label in enumerate(ins[0])
-    )
-    for out in eqn.outvars
-  ]
+  return [_read(eqn, ins[0], {axis})] * len(eqn.outvars)
 
 
 def _iota(eqn, ins):
@@ -295,7 +299,7 @@ def _update_slice(eqn, ins):
       found.append(aligned([x, y], [a, b], a, place(eqn)))
     else:
       pin_all([x, y], place(eqn))
-      found.append(x)
+      found.append(fixed(a, place(eqn)))
   return [tuple(found)]
 
 

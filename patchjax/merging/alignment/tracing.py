@@ -62,12 +62,15 @@ class Trace:
     arrays: axes and surrounding steps of all arrays.
     meetings: of each contraction, the labels of the axes that it aligns, and
       the steps around it.
+    made: of each array with dimensions that no operand has, since an axis is
+      read by place: these, and its others.
     taps: the activations that contractions read, outside loops.
   """
 
   def __init__(self):
     self.arrays: list[Value] = []
     self.meetings: list[tuple[list[Label], frozenset[Dimension]]] = []
+    self.made: list[tuple[Label, Label]] = []
     self.taps: list[Tap] = []
     self._count = 0
     self._depth = 0
@@ -100,6 +103,7 @@ class Trace:
     else:
       rule = rules.RULES.get(name, _no_rule)
       outs = [Value(axes, around, live) for axes in rule(eqn, labels)]
+      self._note_made(labels, outs)
     met = rules.met_axes(eqn, 0)
     if met:
       self.meetings.append(([labels[0][i] for i in met], around))
@@ -107,6 +111,14 @@ class Trace:
       self._tap(eqn, number, ins)
     self.arrays += outs
     return outs
+
+  def _note_made(self, ins: list[rules.Labels], outs: list[Value]) -> None:
+    known = {d for axes in ins for d in roots(axes)}
+    for value in outs:
+      own = roots(value.axes)
+      new = tuple(d for d in own if d not in known)
+      if new:
+        self.made.append((new, tuple(d for d in own if d in known)))
 
   def _tap(self, eqn: Any, number: int, ins: list[Value]) -> None:
     if self._depth:
