@@ -282,18 +282,53 @@ def by_gradients(
       jax.tree.map(lambda *xs: functools.reduce(jnp.add, xs), *curvatures)
     ]
 
-  def operator(x):
-    return functools.reduce(jnp.add, (c.times(x) for c in operators))
+  tolerance = jnp.asarray(tolerance).astype(size.dtype)
+  first = residual(curvatures, values, start)
+  return start + _conjugate(
+    iterations, operators, first, tolerance * size, tolerance
+  )
 
-  least: Any = jnp.asarray(tolerance).astype(size.dtype) * size  # traced
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _conjugate(iterations, operators, right, least, tolerance):
+  """Returns x with `sum C x = right`, but for a residual of length `least`."""
+  del tolerance
   found, _ = jax.scipy.sparse.linalg.cg(
-    operator,
-    residual(curvatures, values, start),
+    functools.partial(_product, operators),
+    right,
     tol=0.0,
     atol=least,
     maxiter=iterations,
   )
-  return start + found
+  return found
+
+
+@_conjugate.defjvp
+def _conjugate_jvp(iterations, given, moved):
+  # The derivative is another solution: `least` is no length of its right side,
+  # which may be that of any loss.
+  operators, right, least, tolerance = given
+  found = _conjugate(iterations, operators, right, least, tolerance)
+  change = jax.jvp(lambda c: _product(c, found), (operators,), (moved[0],))[1]
+
+  def solve(operator, right):
+    largest = jnp.max(jnp.abs(right))
+    unit = jnp.where(largest > 0 * largest, largest, jnp.ones_like(largest))
+    found, _ = jax.scipy.sparse.linalg.cg(
+      operator, right / unit, tol=tolerance, maxiter=iterations
+    )
+    return found * unit
+
+  return found, jax.lax.custom_linear_solve(
+    functools.partial(_product, operators),
+    moved[1] - change,
+    solve,
+    symmetric=True,
+  )
+
+
+def _product(operators, x):
+  return functools.reduce(jnp.add, (c.times(x) for c in operators))
 
 
 def by_inputs(

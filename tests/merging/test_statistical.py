@@ -323,6 +323,14 @@ def test_derivatives():
     one,
     two,
   )
+  # However small the loss is, also squared.
+  back = jax.jit(lambda c: jax.vjp(lambda *x: loss(*x, mats), *at)[1](c))
+  small = back(jnp.float32(1e-25))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(1e25 * x, y, rtol=1e-4, atol=1e-5),
+    small,
+    two,
+  )
   step = 1e-2
   ahead, behind = (
     jax.jit(loss, static_argnums=2)(at[0], at[1] + s, regmean)
