@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -110,14 +111,16 @@ def gram(
       -> {text name: inputs of that layer}`, arrays whose last axis the leaf
       is multiplied over; the first axis of the leaf is then its inputs, or
       what `layers` says of it.
-    mask: `x -> weights` of the positions of an example (0 for padding);
-      layers that have as many rows count them by these weights.
+    mask: `x -> weights` of the positions of an example (0 for padding):
+      rows count by these weights, wherever a layer is used; those of a layer
+      that sees one row an example, which was pooled, all count.
     chunk: examples whose inputs are held at once.
 
   Raises:
     NonFiniteError: if an input is NaN or Inf; names the leaves.
     SelectionError: if a layer that is asked for is none.
-    StructureError: if there is no example, or no linear layer.
+    StructureError: if there is no example, or no linear layer, or one whose
+      rows are not the positions of the mask.
 
   Example:
     >>> import numpy as np
@@ -178,7 +181,7 @@ def kfac(
   Raises:
     NonFiniteError: if an input or gradient is NaN or Inf; names the leaves.
     SelectionError: if a layer that is asked for is none.
-    StructureError: if there is no example, or no linear layer.
+    StructureError: see `gram`.
     ValueError: if labels are asked for that cannot be had.
 
   Example:
@@ -286,17 +289,47 @@ class _Seen:
   weights: Array | None
 
   def _rows(self, name, seen, out):
-    """Returns `[examples, batch, rows, entries]` of a layer."""
+    """Returns `[examples, batch, rows, entries]` of each use of a layer."""
 
     def one(seen):
       if self.wires is not None:
         return self.wires.rows(name, seen, out=out)
-      return seen[name].astype(jnp.float32).reshape(1, -1, seen[name].shape[-1])
+      x = seen[name].astype(jnp.float32)
+      return [x.reshape(1, -1, x.shape[-1])]
 
     return jax.vmap(one)(seen)
 
-  def _fits(self, rows):
-    return self.weights is not None and self.weights.shape[1] == rows.shape[2]
+  def _repeats(self, name, seen, rows):
+    """Returns how often each use's rows go over the positions, 0 for never.
+
+    Args:
+      name: of the layer.
+      seen: by key; arrays or their shapes.
+      rows: of each use, or their shapes.
+    """
+    if self.weights is None:
+      return [0] * len(rows)
+    scans = [()]
+    if self.wires is not None:
+      shapes = {key: x.shape[1:] for key, x in seen.items()}
+      scans = self.wires.steps(name, shapes)
+    positions, found = self.weights.shape[1], []
+    for steps, x in zip(scans, rows, strict=True):
+      count = x.shape[2]
+      # Positions are what is inside, or scanned along, of the scans around.
+      ends = {math.prod(steps[:i]) for i in range(len(steps) + 1)}
+      times = count // positions if positions else 0
+      if times * positions == count and times in ends:
+        found.append(times)
+      elif count == 1:
+        found.append(0)  # of what was pooled
+      else:
+        raise StructureError(
+          f"mask= gives {positions} weights an example, and {name} sees "
+          f"{count} rows of it; which are padding cannot be told. Leave such "
+          "layers out (layers=), or give no mask"
+        )
+    return found
 
   def _own(self, name, seen):
     """Returns what is a layer's, so that no more goes through a mesh."""
@@ -315,13 +348,17 @@ class _Seen:
     """
 
     def product(seen, weights, *, name):
-      rows = self._rows(name, seen, out)
-      left = rows
-      if self._fits(rows):
-        left = rows * weights[:, None, :, None]
-      return jnp.einsum(
-        "nbri,nbrj->bij", left, rows, precision=jax.lax.Precision.HIGHEST
-      )
+      parts = self._rows(name, seen, out)
+      total = None
+      for rows, times in zip(parts, self._repeats(name, seen, parts)):
+        left = rows
+        if times:
+          left = rows * jnp.tile(weights, times)[:, None, :, None]
+        one = jnp.einsum(
+          "nbri,nbrj->bij", left, rows, precision=jax.lax.Precision.HIGHEST
+        )
+        total = one if total is None else total + one
+      return total
 
     return {
       name: total
@@ -337,16 +374,19 @@ class _Seen:
     """Returns how many rows each layer saw, by their weights."""
     found = {}
     for name in self.static.names:
-      shape = jax.eval_shape(
-        lambda seen, name=name: self._rows(name, seen, False),
-        jax.tree.map(
-          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-          self._own(name, seen),
-        ),
+      own = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._own(name, seen)
       )
-      found[name] = jnp.float32(shape.shape[0] * shape.shape[2])
-      if self._fits(shape):
-        found[name] = number_on_mesh(jnp.sum, self.weights)
+      shapes = jax.eval_shape(
+        lambda seen, name=name: self._rows(name, seen, False), own
+      )
+      repeats = self._repeats(name, own, shapes)
+      found[name] = jnp.float32(
+        sum(x.shape[0] * x.shape[2] for x, n in zip(shapes, repeats) if not n)
+      )
+      if any(repeats):
+        real = number_on_mesh(jnp.sum, self.weights)
+        found[name] += jnp.float32(sum(repeats)) * real
     return found
 
 

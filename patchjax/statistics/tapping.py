@@ -118,8 +118,10 @@ class Wiring:
     """
     return tuple(use.key for use in self.uses.values() if use.leaf == name)
 
-  def rows(self, name: str, seen: Mapping[str, Array], *, out: bool) -> Array:
-    """Returns arrays of all uses of a layer as `[batch, rows, entries]`.
+  def rows(
+    self, name: str, seen: Mapping[str, Array], *, out: bool
+  ) -> list[Array]:
+    """Returns an array of each use of a layer as `[batch, rows, entries]`.
 
     Args:
       name: of the layer.
@@ -127,11 +129,30 @@ class Wiring:
       out: whether they are like outputs.
     """
     uses = [use for use in self.uses.values() if use.leaf == name]
-    parts = [
+    return [
       (use.rows_out if out else use.rows_in)(seen[use.key].astype(jnp.float32))
       for use in uses
     ]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+  def steps(
+    self, name: str, shapes: Mapping[str, Sequence[int]]
+  ) -> list[tuple[int, ...]]:
+    """Returns, of each use of a layer, the scans that its rows are of.
+
+    Args:
+      name: of the layer.
+      shapes: of what goes into each use, by key.
+
+    Returns:
+      their lengths, outermost first; a use's rows have them in front.
+    """
+    return [
+      tuple(
+        shapes[use.key][i] for i, along in enumerate(use.scans) if not along
+      )
+      for use in self.uses.values()
+      if use.leaf == name
+    ]
 
 
 def by_name(

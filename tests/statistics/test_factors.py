@@ -32,6 +32,10 @@ def probabilities(params, x):
   return p / p.sum(1, keepdims=True)
 
 
+def normal(*shape):
+  return np.random.default_rng(5).standard_normal(shape).astype("f4")
+
+
 def close(found, wanted, tolerance=1e-5):
   np.testing.assert_allclose(
     found, wanted, rtol=0, atol=tolerance * np.max(np.abs(wanted))
@@ -104,6 +108,36 @@ def test_positions_are_rows_and_padding_is_none():
   whole = kfac(texts, params, data, labels="exact")
   # Gradients at padding are 0: the same sum over fewer rows.
   close(both.outputs["one"] * len(real), whole.outputs["one"] * 30)
+
+
+def again(params, x):
+  """A layer over positions that is used in two places, and in a loop."""
+  hidden = jnp.tanh(x["words"] @ params["w"]) @ params["w"]
+  return jax.lax.fori_loop(0, 2, lambda _, x: jnp.tanh(x @ params["w"]), hidden)
+
+
+def test_padding_is_no_row_wherever_a_layer_is_used():
+  _, data = some_texts()
+  params = {"w": normal(3, 3)}
+  found = gram(again, params, data, mask=lambda x: x["mask"])
+  rows = data["words"][data["mask"] > 0]
+  seen = [rows, np.tanh(rows @ params["w"])]
+  seen.append(seen[-1] @ params["w"])
+  seen.append(np.tanh(seen[-1] @ params["w"]))
+  assert found.rows == {"w": 4 * len(rows)}
+  close(found.sums["w"][0], sum(x.T @ x for x in seen))
+
+  def recurrent(params, x):
+    def step(h, word):
+      return jnp.tanh(h + word @ params["w"]), None
+
+    return jax.lax.scan(step, jnp.zeros(3), x["words"])[0]
+
+  found = gram(recurrent, params, data, mask=lambda x: x["mask"])
+  assert found.rows == {"w": len(rows)}
+  close(found.sums["w"][0], rows.T @ rows)
+  with pytest.raises(StructureError, match="4 weights .* and w sees 5 rows"):
+    gram(recurrent, params, data, mask=lambda x: x["mask"][1:])
 
 
 def streams(x):

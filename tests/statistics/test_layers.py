@@ -84,6 +84,9 @@ def test_inputs_and_gradients_make_the_gradient_of_the_leaf():
   function, arrays = tapping.by_name(network, PARAMS)
   wires = tapping.Wiring.of(function, arrays, X)
 
+  def joined(uses):
+    return jnp.concatenate(uses, axis=1)
+
   @jax.jit
   def opened(arrays):
     out, seen = wires.run(arrays, X)
@@ -92,8 +95,8 @@ def test_inputs_and_gradients_make_the_gradient_of_the_leaf():
     inputs = {k: x for k, (x, _) in seen.items()}
     return (
       out,
-      {name: wires.rows(name, inputs, out=False) for name in LAYERS},
-      {name: wires.rows(name, gradients, out=True) for name in LAYERS},
+      {name: joined(wires.rows(name, inputs, out=False)) for name in LAYERS},
+      {name: joined(wires.rows(name, gradients, out=True)) for name in LAYERS},
     )
 
   out, inputs, outputs = opened(arrays)
