@@ -9,7 +9,6 @@ from patchjax.merging import alignment
 from patchjax.trees.errors import StructureError
 from tests.merging.networks import drawn, normed, plus
 
-
 # Entry i of the result is not entry i's: numbers of different heads meet.
 HEADS_MEET = {
   "cumsum": lambda y: jnp.cumsum(y, -2),
