@@ -8,7 +8,7 @@ import pytest
 import patchjax as pj
 from patchjax import patches as codes
 from patchjax.merging import alignment
-from patchjax.merging.alignment import infer_permutations
+from patchjax.merging.alignment import infer_permutations, specs
 from patchjax.trees.errors import (
   MismatchError,
   NonFiniteError,
@@ -193,15 +193,15 @@ def test_patches_go_along(kind):
     name: codes.Delta(coded(rng, kind, shape), "add")
     for name, shape in networks.SHAPES[network].items()
   }
-  turned = pj.merging.permute_patch(spec, planted, pj.Patch(leaves))
+  base, patch = drawn(networks.SHAPES[network], 3), pj.Patch(leaves)
+  turned = pj.merging.permute_patch(spec, planted, patch)
+  expected = pj.merging.permute(spec, planted, pj.apply(base, patch))
+  found = pj.apply(pj.merging.permute(spec, planted, base), turned)
   for name, shape in networks.SHAPES[network].items():
-    full = np.broadcast_to(leaves[name].code.dense(), shape)
-    expected = pj.merging.alignment.specs.permuted_leaf(
-      spec, planted, spec.axes[name], full
+    np.testing.assert_allclose(
+      found[name], expected[name], rtol=1e-6, atol=1e-6
     )
     code = turned.deltas[name].code
-    found = np.broadcast_to(code.dense(), shape)
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     if kind != "quantized":
       assert type(code) is type(leaves[name].code)
     if kind == "sparse":
@@ -211,6 +211,38 @@ def test_patches_go_along(kind):
   gone = pj.Patch({"q": pj.patches.Delete()})
   with pytest.raises(StructureError, match="cannot be permuted"):
     pj.merging.permute_patch(spec, planted, gone)
+
+
+@pytest.mark.parametrize(
+  "kind", ["dense", "sparse", "low rank", "quantized", "one axis"]
+)
+def test_refuses_patches_of_other_shapes(kind):
+  spec = spec_of(networks.mlp)
+  planted = alignment.random_permutations(spec, 2)
+  rng = np.random.default_rng(0)
+  other = codes.Delta(coded(rng, kind, (20, 24)), "add")
+  found = (20, 1) if kind == "one axis" else (20, 24)
+  with pytest.raises(MismatchError) as error:
+    pj.merging.permute_patch(spec, planted, pj.Patch({"w1": other}))
+  assert f"w1: expected shape (24, 20), got {found}" in str(error.value)
+
+
+@pytest.mark.parametrize("order", [("v", "q", "o"), ("o", "q", "v")])
+def test_sizes_are_found_in_any_order(order):
+  axes = {
+    "v": (None, ("h", "e")),
+    "q": (None, ("h", "s")),
+    "o": (("s", 3), None),
+  }
+  shapes = {"v": (8, 15), "q": (8, 12), "o": (12, 8)}
+  found = specs.from_axes(
+    drawn(shapes), {name: axes[name] for name in order}, {}
+  )
+  assert [found.dimensions[d].size for d in "hes"] == [3, 5, 4]
+  with pytest.raises(MismatchError, match="q: the sizes of h, s are not known"):
+    specs.from_axes(
+      drawn(shapes), {name: axes[name] for name in ("v", "q")}, {}
+    )
 
 
 def test_sharded_leaves_stay_where_they_are(mesh_explicit):

@@ -93,9 +93,7 @@ def _names(spec, labels) -> dict[Dimension, str | int]:
   for leaf, axes in spec.axes.items():
     for label, own in zip(labels[leaf], axes, strict=True):
       factors = expand(label) or [1]
-      sizes = [
-        spec.dimensions[f].size if isinstance(f, str) else f for f in own
-      ]
+      sizes = [spec.size(factor) for factor in own]
       if sizes != [size_of(f) for f in factors]:
         continue  # the spec knows of another way to cut this axis
       pairs = zip(factors, own)

@@ -168,9 +168,7 @@ class _Ascent:
 
 
 def _sized(spec, factors, array):
-  sizes = [
-    spec.dimensions[f].size if isinstance(f, str) else f for f in factors
-  ]
+  sizes = [spec.size(factor) for factor in factors]
   wide = np.asarray(array)
   wide = wide.astype(np.promote_types(wide.dtype, np.float32))
   return wide.reshape(sizes)

@@ -11,7 +11,7 @@ from patchjax.merging.alignment import specs
 from patchjax.patches.codes import Code, Dense, LowRank, Quantized, Sparse
 from patchjax.patches.deltas import Delta
 from patchjax.patches.patch import Patch
-from patchjax.trees.errors import StructureError
+from patchjax.trees.errors import MismatchError, StructureError
 
 
 def permute_patch(
@@ -34,7 +34,7 @@ def permute_patch(
     A patch for the permuted base, with that base's digest unknown.
 
   Raises:
-    MismatchError: if permutations do not fit.
+    MismatchError: if permutations or deltas do not fit; lists them.
     StructureError: if the patch inserts, deletes or renames leaves.
 
   Example:
@@ -53,15 +53,20 @@ def permute_patch(
       "a patch that inserts, deletes or renames leaves cannot be permuted: "
       "apply it, and permute the parameters"
     )
-  deltas = {}
+  deltas, bad = {}, []
   for name, delta in patch.deltas.items():
     axes = spec.axes.get(name)
     if axes is None or not _moves(permutations, axes):
       deltas[name] = delta
       continue
     assert isinstance(delta, Delta)
-    code = _code(spec, permutations, axes, delta.code)
-    deltas[name] = Delta(code, delta.law)
+    misfit = _misfit(spec, name, delta.code)
+    if not misfit:
+      code = _code(spec, permutations, name, delta.code)
+      deltas[name] = Delta(code, delta.law)
+    bad += misfit
+  if bad:
+    raise MismatchError("deltas do not fit the spec:\n" + "\n".join(bad))
   return Patch(deltas, patch.structure)
 
 
@@ -69,7 +74,20 @@ def _moves(permutations, axes: Sequence[specs.Axis]) -> bool:
   return any(factor in permutations for axis in axes for factor in axis)
 
 
-def _code(spec, permutations, axes: Sequence[specs.Axis], code: Code) -> Code:
+def _misfit(spec, leaf: str, code: Code) -> list[str]:
+  """Returns what is wrong with the shape of a delta, if anything."""
+  expected, found = spec.shape(leaf), tuple(code.shape)
+  # Numbers may be equal along an axis, and held once; factors and places not.
+  once = isinstance(code, Dense | Quantized) and len(found) == len(expected)
+  if found == expected or (
+    once and all(n in (1, size) for n, size in zip(found, expected))
+  ):
+    return []
+  return [f" - {leaf}: expected shape {expected}, got {found}"]
+
+
+def _code(spec, permutations, leaf: str, code: Code) -> Code:
+  axes = spec.axes[leaf]
   match code:
     case LowRank():
       last = code.a.ndim - 1
@@ -91,9 +109,7 @@ def _code(spec, permutations, axes: Sequence[specs.Axis], code: Code) -> Code:
   ]
   if not _whole(spec, permutations, own):
     own = axes
-    values = np.broadcast_to(
-      np.asarray(values), [_size(spec, axis) for axis in axes]
-    )
+    values = np.broadcast_to(np.asarray(values), spec.shape(leaf))
   return Dense(specs.permuted_leaf(spec, permutations, own, values))
 
 
@@ -103,11 +119,6 @@ def _whole(spec, permutations, axes) -> bool:
   return all(
     set(spec.dimensions[f].within) <= here for f in here if f in permutations
   )
-
-
-def _size(spec, axis: specs.Axis) -> int:
-  sizes = (spec.dimensions[f].size if isinstance(f, str) else f for f in axis)
-  return int(np.prod([1, *sizes]))
 
 
 def _sparse(spec, permutations, axes, code: Sparse) -> Code:

@@ -56,6 +56,7 @@ class PermutationSpec:
     error: by how much outputs differed when all were permuted at random,
       relative to what moving the parameters changes; None if it was not
       checked.
+    tolerance: that of the check, if one was given.
     unseen: by dimension, leaves that the check says nothing of: permuting
       them alone did not change the outputs. It is so with biases of keys,
       which a softmax forgets, and with what the inputs leave unused.
@@ -65,6 +66,7 @@ class PermutationSpec:
   axes: Mapping[str, tuple[Axis, ...]]
   reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
   error: float | None = None
+  tolerance: float | None = None
   unseen: Mapping[str, tuple[str, ...]] = dataclasses.field(
     default_factory=dict
   )
@@ -95,6 +97,22 @@ class PermutationSpec:
     hidden = self.dimensions[dimension]
     outer = (self.dimensions[name].size for name in hidden.within)
     return (*outer, hidden.size)
+
+  def size(self, factor: str | int) -> int:
+    """Returns how many entries a factor of an axis has.
+
+    Args:
+      factor: the name of a dimension, or a number of entries.
+    """
+    return self.dimensions[factor].size if isinstance(factor, str) else factor
+
+  def shape(self, leaf: str) -> tuple[int, ...]:
+    """Returns the shape of a leaf.
+
+    Args:
+      leaf: its name.
+    """
+    return tuple(math.prod(map(self.size, axis)) for axis in self.axes[leaf])
 
   def __repr__(self) -> str:
     rows = []
@@ -220,9 +238,7 @@ def permuted_array(
     array: of any shape with that many entries.
     xp: `numpy` or `jax.numpy`.
   """
-  sizes = [
-    spec.dimensions[f].size if isinstance(f, str) else f for f in factors
-  ]
+  sizes = [spec.size(factor) for factor in factors]
   full = array.reshape(sizes)
   for place in in_order(spec, factors):
     name = factors[place]
@@ -322,13 +338,8 @@ def check_leaves(spec: PermutationSpec, named: Mapping[str, Any]) -> None:
     named: the leaves by text name.
   """
   bad = []
-  for name, axes in spec.axes.items():
-    shape = tuple(
-      math.prod(
-        spec.dimensions[f].size if isinstance(f, str) else f for f in axis
-      )
-      for axis in axes
-    )
+  for name in spec.axes:
+    shape = spec.shape(name)
     if name not in named:
       bad.append(f" - {name}: missing, expected shape {shape}")
     elif tuple(np.shape(named[name])) != shape:
@@ -392,16 +403,26 @@ def from_axes(
 
 def _solve_products(named, found, sizes, bad):
   """Finds sizes that are given only as what is left of an axis."""
-  for leaf, axes in found.items():
-    for axis, size in zip(axes, np.shape(named[leaf])):
-      unknown = [f for f in axis if isinstance(f, str) and f not in sizes]
-      known = math.prod(
-        sizes[f] if isinstance(f, str) else f for f in axis if f not in unknown
-      )
-      if len(unknown) > 1:
-        bad.append(
-          f" - {leaf}: the sizes of {', '.join(unknown)} are not known; name "
-          "one of them where it is alone on an axis, or give it as a number"
-        )
-      elif unknown:
-        sizes[unknown[0]] = size // max(known, 1)
+  cut = [
+    (leaf, axis, size)
+    for leaf, axes in found.items()
+    for axis, size in zip(axes, np.shape(named[leaf]))
+  ]
+
+  def unknown(axis):
+    return [f for f in axis if isinstance(f, str) and f not in sizes]
+
+  before = -1
+  while len(sizes) > before:  # what one axis tells may be what another lacks
+    before = len(sizes)
+    for _, axis, size in cut:
+      match unknown(axis):
+        case [name]:
+          known = (sizes.get(f, f) for f in axis if f != name)
+          sizes[name] = size // max(math.prod(known), 1)
+  bad += [
+    f" - {leaf}: the sizes of {', '.join(names)} are not known; name one of "
+    "them where it is alone on an axis, or give it as a number"
+    for leaf, axis, _ in cut
+    if (names := unknown(axis))
+  ]
