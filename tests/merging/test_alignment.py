@@ -1,5 +1,7 @@
 """What may be permuted: inferred, given, checked, refused, applied."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import patchjax as pj
 from patchjax import patches as codes
 from patchjax.merging import alignment
-from patchjax.merging.alignment import infer_permutations, specs
+from patchjax.merging.alignment import assigning, infer_permutations, specs
 from patchjax.trees.errors import (
   MismatchError,
   NonFiniteError,
@@ -243,6 +245,50 @@ def test_sizes_are_found_in_any_order(order):
     specs.from_axes(
       drawn(shapes), {name: axes[name] for name in ("v", "q")}, {}
     )
+
+
+@pytest.mark.parametrize("by", ["weights", "activations"])
+def test_align_hands_its_options_on(by, monkeypatch):
+  network, seen = networks.mlp, []
+  a, spec = drawn(networks.SHAPES[network]), spec_of(network)
+
+  def assigned(spec, *_, seed, most, **__):
+    seen.append((seed, most))
+    return specs.identities(spec)
+
+  monkeypatch.setattr(assigning, "assigned", assigned)
+  x = networks.inputs(network)
+  pj.merging.align(network, a, a, x, by=by, spec=spec, seed=7, sweeps=3)
+  assert seen == [(7, 3)]
+
+
+def test_align_has_the_tolerance_and_the_doubts_of_its_spec():
+  network = networks.residual
+  a, x = drawn(networks.SHAPES[network]), networks.inputs(network)
+  spec = spec_of(network)
+  b = pj.merging.permute(spec, alignment.random_permutations(spec, 1), a)
+  strict = infer_permutations(network, a, x, tolerance=1e-3)
+  assert strict.tolerance == 1e-3
+
+  def nearly(p, x):  # places of units change the outputs a little
+    near = 1 + np.float32(0.02) * jnp.arange(24, dtype=np.float32)
+    return network(p | {"down": p["down"] * near[:, None]}, x)
+
+  for own, given in (
+    (spec, 0.9),
+    (dataclasses.replace(spec, tolerance=0.9), None),
+  ):
+    pj.merging.align(nearly, a, b, x, spec=own, tolerance=given)
+  with pytest.raises(MismatchError, match="compute something else"):
+    pj.merging.align(nearly, a, b, x, spec=spec)
+
+  def doubted(p, x):
+    return network(p, x) + unknown(p, x[:3, :4]).sum()
+
+  more = drawn({"a": (4, 6), "b": (3, 6)}, 2)
+  with pytest.raises(StructureError, match="cannot be proven"):
+    pj.merging.align(doubted, a | more, b | more, x)
+  pj.merging.align(doubted, a | more, b | more, x, on_doubt="fix")
 
 
 def test_sharded_leaves_stay_where_they_are(mesh_explicit):

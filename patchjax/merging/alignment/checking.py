@@ -160,7 +160,9 @@ def checked(
       )
     error = max(error, difference(expected, found, scales, 1.0))
   unseen = _unseen(spec, draws, near, other, differs)
-  return dataclasses.replace(spec, error=error, unseen=unseen)
+  return dataclasses.replace(
+    spec, error=error, tolerance=tolerance, unseen=unseen
+  )
 
 
 def _unseen(spec, draws, near, other, differs) -> dict[str, tuple[str, ...]]:

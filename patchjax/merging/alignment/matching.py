@@ -47,8 +47,10 @@ def align(
   *inputs: Any,
   by: Literal["weights", "activations"] = "weights",
   spec: specs.PermutationSpec | None = None,
+  on_doubt: Literal["refuse", "fix"] = "refuse",
   seed: int = 0,
   sweeps: int = 100,
+  tolerance: float | None = None,
 ) -> Aligned:
   """Returns a model's parameters in the order of another's hidden units.
 
@@ -65,8 +67,11 @@ def align(
     by: "weights": no data is used (section 3.2); "activations": units that
       respond alike are matched (section 3.1).
     spec: what may be permuted, if known; by default inferred.
+    on_doubt: if it is inferred, see `infer_permutations`.
     seed: of the check, and of the order of dimensions.
     sweeps: over all dimensions, at most.
+    tolerance: of the checks, see `infer_permutations`; by default that of the
+      spec.
 
   Returns:
     The parameters, and what was done.
@@ -90,13 +95,23 @@ def align(
   if by not in ("weights", "activations"):
     raise ValueError(f"by must be 'weights' or 'activations', got {by!r}")
   if spec is None:
-    spec = inferring.infer_permutations(apply_fn, params, *inputs, seed=seed)
+    spec = inferring.infer_permutations(
+      apply_fn,
+      params,
+      *inputs,
+      on_doubt=on_doubt,
+      seed=seed,
+      tolerance=tolerance,
+    )
   if by == "weights":
     found = weight_matching(spec, target, params, seed=seed, sweeps=sweeps)
   else:
-    found = activation_matching(spec, apply_fn, target, params, *inputs)
+    found = activation_matching(
+      spec, apply_fn, target, params, *inputs, seed=seed, sweeps=sweeps
+    )
   moved = specs.permute(spec, found, params)
-  _check_function(apply_fn, params, moved, inputs)
+  tolerance = spec.tolerance if tolerance is None else tolerance
+  _check_function(apply_fn, params, moved, inputs, tolerance)
   a = _floats(spec, target)
   before, after = (
     sum(assigning.dot(a[name], x[name]) for name in a)
@@ -169,6 +184,8 @@ def activation_matching(
   target: Any,
   params: Any,
   *inputs: Any,
+  seed: int = 0,
+  sweeps: int = 100,
 ) -> specs.Permutations:
   """Returns permutations that bring together units that respond alike.
 
@@ -185,6 +202,8 @@ def activation_matching(
     params: those that would be permuted.
     *inputs: arrays the model is called with: data, some hundred examples. All
       their activations are held at once.
+    seed: of the order of dimensions.
+    sweeps: over all dimensions, at most.
 
   Returns:
     For each dimension, where its units come from: for `permute`.
@@ -210,7 +229,7 @@ def activation_matching(
   specs.check_leaves(spec, named_leaves(target))
   specs.check_leaves(spec, named_leaves(params))
   factors, a, b = activations.tapped(spec, apply_fn, target, params, inputs)
-  return assigning.assigned(spec, factors, a, b, seed=0, most=100)
+  return assigning.assigned(spec, factors, a, b, seed=seed, most=sweeps)
 
 
 def _floats(spec: specs.PermutationSpec, tree: Any) -> Mapping[str, np.ndarray]:
@@ -235,16 +254,16 @@ def _floats(spec: specs.PermutationSpec, tree: Any) -> Mapping[str, np.ndarray]:
   return found
 
 
-def _check_function(apply_fn, params, permuted, inputs) -> None:
+def _check_function(apply_fn, params, permuted, inputs, tolerance) -> None:
   run = jax.jit(lambda p: apply_fn(p, *inputs))
   expected = run(params)
   # Not against the target's outputs: they may be the same but for rounding.
   other = run(checking.moved(params, np.random.default_rng(0)))
   scales = checking.spreads(expected, other)
-  error = checking.difference(expected, run(permuted), scales, None)
+  error = checking.difference(expected, run(permuted), scales, tolerance)
   if error > 1:
     raise MismatchError(
       "the permuted parameters compute something else for these inputs, "
-      f"{error:.1g} times what rounding allows; check the model for what "
+      f"{error:.1g} times what the tolerance allows; check the model for what "
       "depends on the order of its units"
     )
