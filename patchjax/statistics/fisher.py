@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from patchjax.statistics.streaming import size_of
+from patchjax.statistics import streaming, tapping
 from patchjax.trees.dtypes import KINDS, dtype_name, is_array, is_key
 from patchjax.trees.errors import DtypeError, NonFiniteError, StructureError
 from patchjax.trees.names import flatten
@@ -139,24 +139,20 @@ def accumulated(
   Returns:
     `{text name: mean}`, and the number of examples.
   """
-  named, treedef = flatten(params)
-  picked = picked_floats(named, only)
-  static = _Static(log_prob, treedef, tuple(named), labels, chunk, power)
-  chosen = {name: named[name] for name in picked}
-  rest = {name: leaf for name, leaf in named.items() if name not in chosen}
+  streaming.check_chunk(chunk)
+  picked = picked_floats(flatten(params)[0], only)
+  function, arrays = tapping.by_name(log_prob, params)
+  static = _Static(function, labels, chunk, power)
+  chosen = {name: arrays[name] for name in picked}
+  rest = {name: leaf for name, leaf in arrays.items() if name not in chosen}
   total = {name: _zeros(leaf) for name, leaf in chosen.items()}
   n = 0
-  batches = data if isinstance(data, Iterator) else iter([data])
-  for batch in batches:
+  for start, size, batch in streaming.pieces(data, None, "the Fisher"):
     inputs, targets = split(batch, labels)
-    size = size_of((inputs, targets))
-    if size:
-      total = _accumulate(
-        static, total, chosen, rest, inputs, targets, key, np.int32(n)
-      )
+    total = _accumulate(
+      static, total, chosen, rest, inputs, targets, key, np.int32(start)
+    )
     n += size
-  if not n:
-    raise StructureError("the Fisher needs at least one example, got none")
   values, bad = _mean(total, np.float32(n))
   wrong = [name for name, is_bad in jax.device_get(bad).items() if is_bad]
   if wrong:
@@ -230,9 +226,7 @@ def split(batch: Any, labels: Labels) -> tuple[Any, Any]:
 class _Static:
   """What a compiled accumulation depends on besides shapes."""
 
-  log_prob: Callable[[Any, Any], Array]
-  treedef: Any
-  names: tuple[str, ...]
+  function: Callable[[Any, Any], Array]
   labels: Labels
   chunk: int
   power: str
@@ -243,11 +237,8 @@ def _accumulate(static, total, chosen, rest, inputs, targets, key, start):
   """Adds the squared gradients of a batch's examples to `total`."""
 
   def scores(chosen, x):
-    named = {**rest, **chosen}
-    params = jax.tree.unflatten(
-      static.treedef, [named[name] for name in static.names]
-    )
-    return jax.nn.log_softmax(static.log_prob(params, x).astype(jnp.float32))
+    out = static.function({**rest, **chosen}, x)
+    return jax.nn.log_softmax(out.astype(jnp.float32))
 
   def squared(args):
     i, x, y = args

@@ -29,29 +29,44 @@ def size_of(batch: Any) -> int:
   return sizes.pop()[0]
 
 
-def pieces(data: Any, chunk: int, what: str) -> Iterator[tuple[int, int, Any]]:
+def check_chunk(chunk: int) -> None:
+  """Raises ValueError for a number of examples that nothing can hold.
+
+  Args:
+    chunk: examples that are held at once.
+  """
+  if chunk < 1:
+    raise ValueError(f"chunk must be at least 1, got {chunk}")
+
+
+def pieces(
+  data: Any, chunk: int | None, what: str
+) -> Iterator[tuple[int, int, Any]]:
   """Yields `(index of the first example, how many, the examples)`.
 
   What lies on several devices is not cut: there a batch is one piece.
 
   Args:
     data: a batch, or an iterator over batches of any sizes.
-    chunk: how many examples at most are in a piece.
+    chunk: how many examples at most are in a piece; None: batches are pieces.
     what: is taken of them, for messages.
 
   Raises:
     StructureError: if there is no example.
-    ValueError: if a batch has no first axis.
+    ValueError: if a batch has no first axis, or the chunk is less than 1.
 
   Example:
     >>> batches = iter([np.zeros((3, 2)), np.zeros((1, 2))])
     >>> [(i, n, x.shape) for i, n, x in pieces(batches, 2, "the mean")]
     [(0, 2, (2, 2)), (2, 1, (1, 2)), (3, 1, (1, 2))]
   """
+  if chunk is not None:
+    check_chunk(chunk)
   start = 0
   for batch in data if isinstance(data, Iterator) else iter([data]):
     size = size_of(batch)
-    step = size if any(map(_spread, jax.tree.leaves(batch))) else chunk
+    whole = chunk is None or any(map(_spread, jax.tree.leaves(batch)))
+    step = size if whole else chunk
     for first in range(0, size, max(step, 1)):
       n = min(step, size - first)
       piece = batch if n == size else part(batch, first, first + n)

@@ -224,6 +224,8 @@ def test_bad_input():
   params, x = case(4)
   with pytest.raises(StructureError, match="at least one example"):
     gram(linear, params, x[:0])
+  with pytest.raises(ValueError, match="chunk must be at least 1, got -1"):
+    gram(linear, params, x, chunk=-1)
   with pytest.raises(ValueError, match="need key="):
     kfac(linear, params, x)
   with pytest.raises(ValueError, match="one first axis"):

@@ -143,6 +143,8 @@ def test_bad_input():
     fisher_diagonal(model, params, x, labels="true")
   with pytest.raises(StructureError, match="at least one example"):
     fisher_diagonal(model, params, x[:0], key=KEY)
+  with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+    fisher_diagonal(model, params, x, key=KEY, chunk=0)
   with pytest.raises(ValueError, match="pair"):
     fisher_diagonal(model, params, x, labels="empirical")
   with pytest.raises(ValueError, match="one first axis"):
