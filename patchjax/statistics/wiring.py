@@ -210,9 +210,11 @@ def _step(eqn, given, found, path):
   return none
 
 
+# Calls whose equations can stand where the call does: they only say how to
+# compile, to differentiate, or to name what they hold.
 _CALLS = frozenset(
-  "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call "
-  "custom_vjp_call custom_vjp_call_jaxpr".split()
+  "jit pjit call closed_call core_call remat remat2 checkpoint "
+  "custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr".split()
 )
 
 

@@ -8,12 +8,7 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-# Calls whose equations can stand where the call does: they only say how to
-# compile, to differentiate, or to name what they hold.
-_CALLS = frozenset(
-  "jit pjit call closed_call core_call remat remat2 checkpoint custom_jvp_call"
-  " custom_vjp_call custom_vjp_call_jaxpr".split()
-)
+from patchjax.statistics.wiring import called
 
 
 def walk(
@@ -54,23 +49,14 @@ def walk(
 
   for eqn in jaxpr.eqns:
     ins = [read(atom) for atom in eqn.invars]
-    inner = _called(eqn)
+    inner = called(eqn)
     if inner is None:
       outs = visit(eqn, ins)
     else:
-      body, own = opened(inner)
-      outs = walk(body, [literal(c) for c in own], ins, literal, visit)
+      own = [literal(c) for c in inner.consts]
+      outs = walk(inner.jaxpr, own, ins, literal, visit)
     values |= dict(zip(eqn.outvars, outs, strict=True))
   return [read(atom) for atom in jaxpr.outvars]
-
-
-def _called(eqn: Any) -> Any:
-  if eqn.primitive.name not in _CALLS:
-    return None
-  for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-    if key in eqn.params:
-      return eqn.params[key]
-  return None
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
