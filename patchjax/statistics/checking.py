@@ -48,9 +48,10 @@ class SpotCheck:
 
 def spot_check(
   claimed: Any,
-  measure: Callable[[Any], Any],
+  measure: Callable[..., Any],
   probes: Any,
   *,
+  key: Array | None = None,
   groups: int = 16,
   sketches: int = 8,
   seed: int = 0,
@@ -69,8 +70,12 @@ def spot_check(
   Args:
     claimed: a `Fisher`, `Gram` or `KFac`.
     measure: `(examples) -> statistic`, of the same kind: for example `lambda
-      data: gram(apply, params, data)`.
+      data: gram(apply, params, data)`. With a key `(examples, key) ->
+      statistic`.
     probes: pytree of arrays with examples along the first axis.
+    key: PRNG key, for sampled labels: each group gets one made of it. With
+      one key for all, the groups' labels would err alike, and look surer than
+      they are.
     groups: how many; scores are about distributed as Student's t with one
       degree of freedom less.
     sketches: how many random sums; a claim is to satisfy all of them, so
@@ -81,6 +86,7 @@ def spot_check(
   Raises:
     StructureError: if there are fewer probes than groups, or the claim has
       not the arrays that are measured.
+    ValueError: if labels are sampled without `key`.
 
   Example:
     >>> import numpy as np
@@ -106,9 +112,18 @@ def spot_check(
     )
   ends = [size * i // groups for i in range(groups + 1)]
   found: list[dict[str, list[float]]] = []
-  for first, last in zip(ends, ends[1:]):
+  for i, (first, last) in enumerate(zip(ends, ends[1:])):
     group = streaming.part(probes, first, last)
-    found.append(_sketched(measure(group), sketches, seed))
+    if key is None:
+      one = measure(group)
+      if getattr(one, "labels", None) == "sample":
+        raise ValueError(
+          "groups with sampled labels need keys of their own: give key= and "
+          "measure=lambda data, key: ..."
+        )
+    else:
+      one = measure(group, jax.random.fold_in(key, i))
+    found.append(_sketched(one, sketches, seed))
   said = _sketched(claimed, sketches, seed)
   if said.keys() != found[0].keys():
     raise StructureError(

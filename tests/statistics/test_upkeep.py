@@ -97,6 +97,21 @@ def test_spot_checks_see_the_matrix_of_another_layer():
   assert spot_check(other, grams, x[2048:]).wrong == ("w",)
 
 
+def test_spot_checks_of_sampled_labels():
+  # Inputs are all alike: what differs between groups are their labels.
+  data = np.ones((256, 6), "f4")
+  params = {"w": PARAMS["w"] / 8}
+
+  def sampled(data, key):
+    return fisher_diagonal(model, params, data, key=key)
+
+  honest = sampled(data, jax.random.key(0))
+  check = spot_check(honest, sampled, data, key=jax.random.key(1))
+  assert check.passed
+  with pytest.raises(ValueError, match="keys of their own"):
+    spot_check(honest, lambda x: sampled(x, jax.random.key(1)), data)
+
+
 def test_spot_checks_refuse():
   honest = grams(X[:64])
   with pytest.raises(StructureError, match="at least two"):
