@@ -31,11 +31,20 @@ class PerLeaf:
   Attributes:
     values: by text name; a number, or a pytree of arrays (statistics).
     optional: whether leaves may have none: a step then sees None; static.
+    missing: what is said of a leaf that has none and must; static.
   """
 
   values: dict[str, Any]
   optional: bool = dataclasses.field(
     default=False, metadata={"static": True}, kw_only=True
+  )
+  missing: str = dataclasses.field(
+    default="no number is given for the leaf {name}; make them with "
+    "patchjax.merging.per_leaf(params, rules, default=...) of these "
+    "parameters",
+    metadata={"static": True},
+    kw_only=True,
+    repr=False,
   )
 
   def at(self, name: str) -> Any:
@@ -53,11 +62,7 @@ class PerLeaf:
     if name not in self.values:
       if self.optional:
         return None
-      raise SelectionError(
-        f"no number is given for the leaf {name}; make them with "
-        "patchjax.merging.per_leaf(params, rules, default=...) of these "
-        "parameters"
-      )
+      raise SelectionError(self.missing.format(name=name))
     return self.values[name]
 
 

@@ -25,7 +25,7 @@ from patchjax.patches.perleaf import PerLeaf
 from patchjax.patches.rank_cuts import cuts
 from patchjax.patches.transform import Transform
 from patchjax.statistics import Fisher, Gram, KFac, shrink
-from patchjax.trees.errors import SelectionError
+from patchjax.trees.errors import SelectionError, StructureError
 
 Array = Any
 
@@ -356,8 +356,8 @@ def trust_region(
   Args:
     gradients: g, one a contributor: `{text name: array}`, means over examples
       of gradients' absolute values at the base
-      (`statistics.absolute_gradients`). By default task vectors stand for
-      them, which needs no data (the code's `zero_shot`).
+      (`statistics.absolute_gradients`); signs do not count. By default task
+      vectors stand for them, which needs no data (the code's `zero_shot`).
     quantile: the share that stays, about, in [0, 1]; traced; it has no
       derivative.
     scale: lambda; traced, differentiable.
@@ -365,6 +365,7 @@ def trust_region(
   Raises:
     SelectionError: if the quantile is outside [0, 1], or a leaf has no
       gradient.
+    StructureError: in the merge, if a gradient is not of its leaf's shape.
 
   Example:
     >>> import numpy as np, patchjax as pj
@@ -379,7 +380,11 @@ def trust_region(
   known = None
   if gradients is not None:
     names = [name for name in gradients[0] if all(name in g for g in gradients)]
-    known = PerLeaf({n: tuple(g[n] for g in gradients) for n in names})
+    known = PerLeaf(
+      {n: tuple(g[n] for g in gradients) for n in names},
+      missing="no gradient is given for the leaf {name}; take "
+      "absolute_gradients over it too, of each contributor's data",
+    )
   return transform.chain(
     Transform.of(_CONFLICT, {"gradients": known}),
     Transform.of(_TRUST, {"quantile": quantile}),
@@ -396,7 +401,8 @@ def _conflict(leaf, deltas, base, state, shared):
     sizes = tuple(map(jnp.abs, deltas))
     pulls = sizes
     if given is not None:
-      pulls = tuple(jnp.asarray(g).astype(deltas[0].dtype) for g in given)
+      # Signed ones would cancel, and a conflict is none below 0.
+      pulls = tuple(jnp.abs(g.astype(deltas[0].dtype)) for g in given)
     total = jnp.zeros_like(deltas[0])
     for i, pull in enumerate(pulls):
       for j, size in enumerate(sizes):
@@ -409,6 +415,12 @@ def _conflict(leaf, deltas, base, state, shared):
       f"expected the gradients of {len(deltas)} contributors, got {len(given)}"
     )
   given = jax.tree.map(jnp.asarray, given)
+  for gradient in given or ():
+    if gradient.shape != deltas[0].shape:
+      raise StructureError(
+        f"a gradient is of shape {gradient.shape}, and its leaf of "
+        f"{deltas[0].shape}"
+      )
   return (*deltas, on_leaf_mesh(conflict, deltas[0], tuple(deltas), given))
 
 
