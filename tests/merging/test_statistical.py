@@ -274,6 +274,15 @@ def test_regmean_plus_plus_sees_what_the_merged_layers_give():
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), again, merged
   )
+  # Two layers in one: the second sees each model's own first.
+  found = pj.merging.regmean_plus_plus(
+    network, others, data, blocks=["[01]/.*", "2/.*"]
+  )
+  wanted = reference.regmean_plus_plus(others, data, blocks=[["0", "1"], ["2"]])
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), found, wanted
+  )
+  assert np.abs(found["1"]["w"] - merged["1"]["w"]).max() > 1e-2
   with pytest.raises(SelectionError, match="in two blocks: 1/b, 1/w"):
     pj.merging.regmean_plus_plus(
       network, others, data, blocks=["[01]/.*", "[12]/.*"]

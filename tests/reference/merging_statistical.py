@@ -184,19 +184,28 @@ def trust_region(base, models, *, gradients=None, quantile=0.99, scale=0.3):
   }
 
 
-def regmean_plus_plus(models, data, *, off_diagonal=0.9):
+def regmean_plus_plus(models, data, *, blocks=None, off_diagonal=0.9):
   """Of networks `tanh(x W + b)`, layer on layer: `{"0": {"w", "b"}, ...}`.
 
-  Each layer is a block: its own inputs are those of the merged ones before.
+  Blocks are lists of names, by default of one layer each. What goes into a
+  block comes from the merged ones before it, and inside it each model goes on
+  with its own layers.
   """
   inputs = [np.float64(x) for x in data]
   merged = {}
-  for name in models[0]:
-    known = [scaled(x.T @ x / len(x), off_diagonal) for x in inputs]
-    kernels = [np.float64(m[name]["w"]) for m in models]
-    right = sum(g @ w for g, w in zip(known, kernels))
-    kernel = np.linalg.solve(sum(known), right)
-    bias = sum(np.float64(m[name]["b"]) for m in models) / len(models)
-    merged[name] = {"w": kernel, "b": bias}
-    inputs = [np.tanh(x @ kernel + bias) for x in inputs]
+  for block in blocks or [[name] for name in models[0]]:
+    own = inputs
+    for name in block:
+      known = [scaled(x.T @ x / len(x), off_diagonal) for x in own]
+      kernels = [np.float64(m[name]["w"]) for m in models]
+      right = sum(g @ w for g, w in zip(known, kernels))
+      kernel = np.linalg.solve(sum(known), right)
+      bias = sum(np.float64(m[name]["b"]) for m in models) / len(models)
+      merged[name] = {"w": kernel, "b": bias}
+      own = [
+        np.tanh(x @ w + m[name]["b"]) for x, w, m in zip(own, kernels, models)
+      ]
+    for name in block:
+      w, b = merged[name]["w"], merged[name]["b"]
+      inputs = [np.tanh(x @ w + b) for x in inputs]
   return merged

@@ -42,6 +42,10 @@ def regmean_plus_plus(
   (embeddings), and all that are no linear layers, get the mean; the last
   leaves (a head) are a block of their own if they are linear layers.
 
+  Leaves that are stacked for a scan over layers have no number in their names:
+  the whole stack is one block then, which is plain RegMean. Unstack them, in
+  the models and in `apply`, for a block a layer.
+
   Every block asks for one more run of the model up to it, over all data.
 
   Args:
