@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -181,20 +183,24 @@ class Encoder:
       pool: the texts.
       only: number of a task; texts of others may be left at False.
     """
-    # Sent off first, waited for afterwards.
-    later = [
-      (
-        batch.rows,
+
+    def answered(batch: Batch) -> np.ndarray:
+      return np.asarray(
         self._outcomes(
           upper, batch.x, batch.mask, batch.task, batch.labels, self.heads
-        ),
+        )
       )
+
+    batches = [
+      batch
       for batch in pool.batches
       if only is None or only in pool.task[batch.rows]
     ]
     right = np.zeros(len(pool), bool)
-    for rows, found in later:
-      right[rows] = np.asarray(found)[: len(rows)]
+    # A batch a core: one alone does not keep all of them busy.
+    with futures.ThreadPoolExecutor(os.cpu_count()) as cores:
+      for batch, found in zip(batches, cores.map(answered, batches)):
+        right[batch.rows] = found[: len(batch.rows)]
     return right
 
   def scores(self, upper: Params, pool: Pool) -> np.ndarray:

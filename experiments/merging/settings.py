@@ -45,8 +45,8 @@ class Settings:
   tokens: int = 24
   depth: int = 4
   train_texts: int = 1920
-  validation_texts: int = 96
-  test_texts: int = 320
+  validation_texts: int = 80
+  test_texts: int = 256
   steps: int = 60
   batch: int = 16
   rate: float = 2e-4
