@@ -26,7 +26,8 @@ import numpy as np
 
 from patchjax.patches import transform
 from patchjax.patches.perleaf import PerLeaf
-from patchjax.statistics import Fisher, Gram, KFac, LinearLayer
+from patchjax.statistics import Fisher, Gram, LinearLayer
+from patchjax.statistics.kinds import arrays_of
 from patchjax.trees.errors import SelectionError, StructureError
 from patchjax.trees.suggest import list_names
 
@@ -130,10 +131,7 @@ def of_statistics(statistics: Sequence[Any]) -> PerLeaf:
     raise StructureError("expected one statistic a contributor, got none")
   kinds = {type(one) for one in statistics}
   for one in statistics:
-    if not isinstance(one, Fisher | Gram | KFac):
-      raise TypeError(
-        f"expected a Fisher, Gram or KFac, got {type(one).__name__}"
-      )
+    arrays_of(one)
   if len(kinds) > 1:
     raise StructureError(
       "statistics of contributors must be of one kind, got "

@@ -11,8 +11,8 @@ import numpy as np
 
 from patchjax.patches.placement import identity_of
 from patchjax.statistics import streaming
-from patchjax.statistics.factors import Gram, KFac
 from patchjax.statistics.fisher import Fisher
+from patchjax.statistics.kinds import arrays_of
 from patchjax.trees.errors import StructureError
 
 Array = Any
@@ -148,15 +148,12 @@ def spot_check(
 
 
 def _arrays(statistic: Any) -> dict[str, Array]:
-  if isinstance(statistic, Fisher | Gram):
-    return dict(statistic.values)
-  if isinstance(statistic, KFac):
-    return {f"{name} (inputs)": x for name, x in statistic.inputs.items()} | {
-      f"{name} (outputs)": x for name, x in statistic.outputs.items()
-    }
-  raise TypeError(
-    f"expected a Fisher, Gram or KFac, got {type(statistic).__name__}"
-  )
+  fields = arrays_of(statistic)
+  return {
+    name if len(fields) == 1 else f"{name} ({field})": x
+    for field in fields
+    for name, x in getattr(statistic, field).items()
+  }
 
 
 def _sketched(statistic: Any, count: int, seed: int) -> dict[str, list[float]]:

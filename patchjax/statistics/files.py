@@ -14,20 +14,14 @@ import numpy as np
 from patchjax.patches import files as patch_files
 from patchjax.patches import storage
 from patchjax.patches.patch import Patch
-from patchjax.statistics.factors import Gram, KFac
-from patchjax.statistics.fisher import Fisher
+from patchjax.statistics.kinds import ARRAYS, arrays_of
 from patchjax.statistics.layers import LinearLayer
 from patchjax.trees.digest import canonical_json, tree_id, words_digest
 from patchjax.trees.errors import BaseMismatchError, FormatError
 
 FORMAT = "patchjax.statistics"
 VERSION = 1
-_KINDS = {kind.__name__: kind for kind in (Fisher, Gram, KFac)}
-_ARRAYS: dict[str, tuple[str, ...]] = {
-  "Fisher": ("values",),
-  "Gram": ("values",),
-  "KFac": ("inputs", "outputs"),
-}
+_KINDS = {kind.__name__: kind for kind in ARRAYS}
 
 
 def save(statistic: Any, path: str | os.PathLike[str], *, of: Any) -> None:
@@ -45,6 +39,7 @@ def save(statistic: Any, path: str | os.PathLike[str], *, of: Any) -> None:
 
   Example:
     >>> import tempfile, patchjax as pj
+    >>> from patchjax.statistics import Fisher
     >>> patch = pj.diff({"w": np.float32([0])}, {"w": np.float32([2])})
     >>> fisher = Fisher({"w": np.float32([3])}, 10, "exact")
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -55,16 +50,15 @@ def save(statistic: Any, path: str | os.PathLike[str], *, of: Any) -> None:
   """
   import safetensors.numpy
 
-  kind = type(statistic).__name__
-  if _KINDS.get(kind) is not type(statistic):
-    raise TypeError(f"expected a Fisher, Gram or KFac, got {kind}")
+  fields = arrays_of(statistic)
   tensors, digests = {}, {}
-  for field in _ARRAYS[kind]:
+  for field in fields:
     for name, x in getattr(statistic, field).items():
       words = np.ascontiguousarray(np.asarray(jax.device_get(x), np.float32))
       key = f"{field}#{name}"
       tensors[key] = words
       digests[key] = _digest(words)
+  kind = type(statistic).__name__
   spelled: dict[str, Any] = {"kind": kind, "of": digest(of), "sha256": digests}
   for field in dataclasses.fields(statistic):
     value = getattr(statistic, field.name)
@@ -75,7 +69,7 @@ def save(statistic: Any, path: str | os.PathLike[str], *, of: Any) -> None:
       ]
     elif field.name == "rows":
       spelled["rows"] = {name: _number(n) for name, n in value.items()}
-    elif field.name not in _ARRAYS[kind]:
+    elif field.name not in fields:
       spelled[field.name] = value if isinstance(value, str) else _number(value)
   text = canonical_json(spelled).decode()
   data = safetensors.numpy.save(
@@ -134,7 +128,7 @@ def load(path: str | os.PathLike[str], *, of: Any) -> Any:
 
 def _read(path, spelled, header, body) -> Any:
   kind = _KINDS[spelled["kind"]]
-  fields: dict[str, Any] = {name: {} for name in _ARRAYS[spelled["kind"]]}
+  fields: dict[str, Any] = {name: {} for name in ARRAYS[kind]}
   for key, expected in spelled["sha256"].items():
     field, _, name = key.partition("#")
     start, end = header[key]["data_offsets"]

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from patchjax.patches.meshes import on_leaf_mesh
-from patchjax.statistics.factors import Gram, KFac
 from patchjax.statistics.fisher import Fisher
+from patchjax.statistics.kinds import arrays_of
 
 Array = Any
 
@@ -37,19 +37,13 @@ def shrink(statistic: Any, examples: Any) -> Any:
   """
   if isinstance(examples, int | float) and not examples:
     return statistic
-  if isinstance(statistic, Fisher):
-    values = _all(statistic.values, statistic.n, examples, None)
-    return dataclasses.replace(statistic, values=values)
-  if isinstance(statistic, Gram):
-    values = _all(statistic.values, statistic.n, examples, (1, 2))
-    return dataclasses.replace(statistic, values=values)
-  if isinstance(statistic, KFac):
-    inputs = _all(statistic.inputs, statistic.n, examples, (1, 2))
-    outputs = _all(statistic.outputs, statistic.n, examples, (1, 2))
-    return dataclasses.replace(statistic, inputs=inputs, outputs=outputs)
-  raise TypeError(
-    f"expected a Fisher, Gram or KFac, got {type(statistic).__name__}"
-  )
+  # The axes of a leaf are no matrices to a diagonal.
+  matrix = None if isinstance(statistic, Fisher) else (1, 2)
+  shrunk = {
+    field: _all(getattr(statistic, field), statistic.n, examples, matrix)
+    for field in arrays_of(statistic)
+  }
+  return dataclasses.replace(statistic, **shrunk)
 
 
 def _all(values, n, examples, matrix) -> dict[str, Array]:
