@@ -65,8 +65,9 @@ def pieces(
   start = 0
   for batch in data if isinstance(data, Iterator) else iter([data]):
     size = size_of(batch)
-    whole = chunk is None or any(map(_spread, jax.tree.leaves(batch)))
-    step = size if whole else chunk
+    step = size if chunk is None else chunk
+    if any(map(_spread, jax.tree.leaves(batch))):
+      step = size
     for first in range(0, size, max(step, 1)):
       n = min(step, size - first)
       piece = batch if n == size else part(batch, first, first + n)
