@@ -48,13 +48,19 @@ def star(base, models, eta):
 
 
 def wudi(base, models, scale):
-  """The normal equations of the least interference."""
+  """The normal equations of the least interference, by singular vectors.
+
+  The matrix of an embedding's equations would have the square of its inputs.
+  """
 
   def merged(tasks):
     units = [x / torch.linalg.norm(x) for x in tasks]
-    gram = sum(x @ x.T for x in units)
     right = sum(u @ (u.T @ x) for u, x in zip(units, tasks, strict=True))
-    return torch.linalg.lstsq(gram, right, driver="gelsd").solution
+    beside = torch.cat(units, 1)
+    u, s, _ = torch.linalg.svd(beside, full_matrices=False)
+    least = s[0] * max(beside.shape) * torch.finfo(s.dtype).eps
+    inverse = torch.where(s > least, s.square().reciprocal(), 0.0)
+    return u @ (inverse[:, None] * (u.T @ right))
 
   return _each(merged, base, models, scale, others=0.0)
 
