@@ -19,8 +19,9 @@ from experiments.merging.recipes import Recipe
 from experiments.merging.settings import Settings
 
 # A merge that took longer than this, in CPU-seconds, is not run once more to
-# be timed without compilation, which is a small part of it. (AdaMerging
-# compiles its step in every run.)
+# be timed without compilation. What the first seed compiles the others need
+# not, and the table has the median of the seeds. (AdaMerging compiles its step
+# in every run.)
 _LONG = 20.0
 
 
