@@ -69,7 +69,8 @@ def _run(models, way, method, settings, base, count, warm=False, save=None):
     "cpu": time.process_time() - cpu,
   }
   if save is not None:
-    files.save_file(out, save)
+    whole = {name: x.contiguous() for name, x in out.items()}
+    files.save_file(whole, save)
   return taken
 
 
