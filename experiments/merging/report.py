@@ -222,24 +222,37 @@ def draw(path: pathlib.Path, table: Sequence[Row]) -> None:
         label=family,
       )
   axes.set_xscale("log")
-  for row in table:
-    if row.family == "baseline":
-      axes.axhline(100 * row.accuracy, color="black", lw=0.6, ls="--")
-      axes.annotate(
-        row.name,
-        (1, 100 * row.accuracy),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=8,
-      )
+  axes.margins(x=0.12)  # room for names
+  below = float("inf")
+  lines = [row for row in table if row.family == "baseline"]
+  for row in sorted(lines, key=lambda row: -row.accuracy):
+    height = 100 * row.accuracy
+    axes.axhline(height, color="black", lw=0.6, ls="--")
+    below = min(height, below - _APART)
+    axes.annotate(
+      row.name,
+      (1, below),
+      xycoords=("axes fraction", "data"),
+      xytext=(4, 0),
+      textcoords="offset points",
+      va="center",
+      fontsize=8,
+    )
   axes.set_xlabel("CPU-seconds of the merge, statistics included")
   axes.set_ylabel("accuracy, mean of the tasks (%)")
   axes.spines[["top", "right"]].set_visible(False)
   _label(figure, axes, methods)
-  axes.legend(fontsize=8, framealpha=1, edgecolor="none", loc="lower left")
+  axes.legend(
+    fontsize=8,
+    framealpha=1,
+    edgecolor="none",
+    loc="lower right",
+    bbox_to_anchor=(1, 0.1),
+  )
   figure.savefig(path)
+
+
+_APART = 0.5  # percent between names of lines
 
 
 def _label(figure: Any, axes: Any, methods: Sequence[Row]) -> None:
