@@ -441,6 +441,18 @@ def test_gram_matrices_say_what_the_decomposition_says(name, shape):
   np.testing.assert_allclose(found, exact, atol=1e-3 * np.abs(exact).max())
 
 
+def test_gram_matrices_tell_nearly_dependent_vectors_apart():
+  a, c, b, d = np.eye(8)[:4]
+  tasks = [np.outer(a, b), np.outer(a + 1e-3 * c, d)]
+  base = tree(np.zeros((8, 8)))
+  exact, found = (
+    merged(tasks, m.tsv_m(share=0.125, svd=svd), base)
+    for svd in ("exact", "gram")
+  )
+  assert np.abs(exact[1]).max() > 0.5
+  np.testing.assert_allclose(found, exact, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["svc", "knots"])
 def test_gram_matrices_lose_nothing_that_is_small(name):
   rng = np.random.default_rng(9)

@@ -50,11 +50,11 @@ def tsv_m(
     share: of the triplets that is kept; by default one over the number of
       contributors. Static: it sets shapes.
     scale: the paper's alpha; traced, differentiable.
-    svd: "exact"; "gram": by eigenvectors of Gram matrices, several times
-      faster: triplets below `sqrt(r * eps)` of the largest (.5 % of r = 200)
-      are mixed with each other; "randomized": by `randomized_svd`, matrix
-      products in the main, for large leaves: within a percent where spectra
-      decay.
+    svd: "exact"; "gram": triplets by eigenvectors of Gram matrices: those
+      below `sqrt(r * eps)` of the largest (.5 % of r = 200) are mixed with
+      each other; "randomized": by `randomized_svd`, matrix products in the
+      main, for large leaves: within a percent where spectra decay and tasks
+      do not fill the space.
     seed: of the random test matrices; folded with the leaf's name.
     layout: which axes of a leaf are outputs; does not matter here but for
       leaves of more than two axes.
