@@ -264,6 +264,15 @@ def test_knots_counts_no_more_directions_than_it_is_told():
   np.testing.assert_allclose(merged(tasks, method, base), wanted, atol=2e-5)
 
 
+def test_knots_of_a_rank_keeps_the_first_directions():
+  (task,) = random_tasks(1)
+  u, s, vt = np.linalg.svd(task)
+  inner = m.task_arithmetic(scale=1.0)
+  found = merged([task], m.knots(method=inner, rank=2))
+  wanted = (u[:, :2] * s[:2]) @ vt[:2]
+  np.testing.assert_allclose(found, wanted, atol=3e-6)
+
+
 def test_svc_counts_equal_tasks_once():
   (task,) = random_tasks(1)
   for count in (2, 5):

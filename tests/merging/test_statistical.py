@@ -297,9 +297,10 @@ def test_trust_region_leaves_out_what_hurts():
   method = pj.merging.trust_region(gradients=steep, quantile=0.75, scale=1.0)
   # Conflicts 0, 18, 1, 0: below the largest of four.
   assert pj.merge(base, [a, b], method)["w"].tolist() == [3, 0, 3, 3]
-  signed = [tiny(0, -9, 0, 0), tiny(0, 0, 1, 0)]
+  # Signed ones would cancel: 0, 9 (1 + 1) - 9 (1 + 1), 1 + 1, 0.
+  signed = [tiny(0, 9, 0, 0), tiny(0, -9, 0, 0), tiny(0, 0, 1, 0)]
   method = pj.merging.trust_region(gradients=signed, quantile=0.75, scale=1.0)
-  assert pj.merge(base, [a, b], method)["w"].tolist() == [3, 0, 3, 3]
+  assert pj.merge(base, [a, a, a], method)["w"].tolist() == [3, 0, 3, 3]
   with pytest.raises(StructureError, match=r"of shape \(1,\), and its leaf"):
     pj.merge(base, [a, b], pj.merging.trust_region(gradients=[tiny(1)] * 2))
   method = pj.merging.trust_region(gradients=[{"v": a["w"]}] * 2)
