@@ -7,10 +7,11 @@ user's jit, grad or vmap the same functions run inline. Over files the leaves
 are read one at a time, once for each pass. All three give the same bits.
 
 A counting step is run in passes: the stages before it are computed again for
-each leaf and pass, so that no copy of the model is kept. Task vectors are the
-one expression `f32(x) - f32(base)` in every pass. In the space of parameters
-(`transform.Transform.space`) the base is neither subtracted nor added, and
-not read unless a step asks for it or a contributor lacks the leaf.
+each leaf and pass, so that no copy of the model is kept, unless one of them is
+dear (`splitting`). Task vectors are the one expression `f32(x) - f32(base)` in
+every pass. In the space of parameters (`transform.Transform.space`) the base
+is neither subtracted nor added, and not read unless a step asks for it or a
+contributor lacks the leaf.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from patchjax.patches import leafwise, perleaf, placement, transform
+from patchjax.patches import (
+  leafwise,
+  perleaf,
+  placement,
+  splitting,
+  transform,
+)
+from patchjax.patches.codes import Dense
 from patchjax.patches.counting import LIMB
 from patchjax.trees.errors import (
   NonFiniteError,
@@ -112,6 +120,9 @@ def run(
     StructureError: if there is no base for a step that needs it.
   """
   job = _Job.of(method, state, shapes, contributors, as_params)
+  cut = None if streamed or job.plan.params else splitting.cut_of(method)
+  if cut is not None:
+    job, leaves = _second_part(job, cut, leaves, as_params, traced)
   runner = _Inline() if traced else _Eager(donate, streamed)
   if shared is None:
     shared = job.count(runner, leaves)
@@ -122,6 +133,27 @@ def run(
       here = _for_dtype(here, own)
     yield it.name, runner.update(here, it)
   runner.check(lambda name: job.item(name, leaves[name], shared))
+
+
+def _second_part(
+  job: _Job, cut: int, leaves: Leaves, as_params: bool, traced: bool
+) -> tuple[_Job, Leaves]:
+  """Makes the stages before a cut, and returns what is left to be done."""
+  method, shapes, k = job.method, job.shapes, job.contributors
+  first = splitting.first_part(method, cut)
+  before = _Job.of(first, job.state[:cut], shapes, k, False)
+  plan = dataclasses.replace(before.plan, opened=True)
+  runner = _Inline() if traced else _Eager(False, False)
+  shared = before.count(runner, leaves)
+  made, held = {}, {}
+  for it in before.items(leaves, shared):
+    deltas, held[it.name] = runner.update(plan, it)
+    sources = tuple(leafwise.Delta(Dense(d), "add") for d in deltas)
+    work = dataclasses.replace(it.work, sources=sources)
+    made[it.name] = lambda work=work: work
+  runner.check(lambda name: before.item(name, leaves[name], shared))
+  second, state = splitting.second_part(method, job.state, cut, held)
+  return _Job.of(second, state, shapes, k, as_params), made
 
 
 def count(

@@ -36,12 +36,15 @@ class Plan:
       tuple of deltas or codes after the last stage.
     checked: where to count what is not finite: "all": in the contributors
       and in the result; "result": there alone; None: nowhere.
+    opened: whether the result is the pair of the deltas and of what brackets
+      hold that the stages leave open.
   """
 
   stages: Stages
   params: bool = False
   dtype: Any = None
   checked: Literal["all", "result"] | None = None
+  opened: bool = False
 
   def counts(self, index: int) -> tuple[transform.Count, ...]:
     """Returns what a stage counts, one after another."""
@@ -365,7 +368,7 @@ def update(plan: Plan, leaf, base, sources, state, shared) -> Any:
   shared = _leaf_passes(plan, len(stages), leaf, base, sources, state, shared)
   given = vectors(plan, base, sources, leaf.shape)
   method = transform.Transform(({},) * len(stages), stages)
-  out = transform.run_prefix(
+  out, held = transform.run_opened(
     method,
     len(stages),
     leaf,
@@ -388,7 +391,7 @@ def update(plan: Plan, leaf, base, sources, state, shared) -> Any:
       masks = (unfit, *(masks or (unfit,)))
     counts = placement.sum_over_shards(_count_bad, masks, leaf)
     bad = bad.at[:, 2 - len(masks) :].set(counts)
-  return out, bad
+  return ((out, held) if plan.opened else out), bad
 
 
 def _result(plan: Plan, base: Any, total: Array) -> Any:

@@ -113,6 +113,8 @@ class Step:
     counted: `(shapes, k, **options) -> shapes`, of a step that leaves some
       entries without meaning (zeros): the shapes of what counts for the steps
       after it, where they ask for shares of a size.
+    dear: whether `update` takes far longer than to read a leaf, so that what
+      it makes is kept for later steps that count, k leaves of each.
   """
 
   name: str
@@ -133,6 +135,7 @@ class Step:
   exact: Callable[..., bool] | None = None
   bracket: Literal["opens", "closes"] | None = None
   counted: Callable[..., Any] | None = None
+  dear: bool = False
 
   def __post_init__(self):
     if (self.start is None) != (self.counts is None):
@@ -470,6 +473,29 @@ def run_prefix(
   Returns:
     a tuple of arrays or codes.
   """
+  return run_opened(method, count, leaf, deltas, base, state, shared)[0]
+
+
+def run_opened(
+  method: Transform,
+  count: int,
+  leaf: placement.Leaf,
+  deltas: tuple[Array, ...],
+  base: Array,
+  state: Sequence[Any],
+  shared: Sequence[Any],
+) -> tuple[Any, tuple[Any, ...]]:
+  """Returns `run_prefix`, and what brackets hold that are still open.
+
+  Args:
+    method: see `run_prefix`.
+    count: see `run_prefix`.
+    leaf: see `run_prefix`.
+    deltas: see `run_prefix`.
+    base: see `run_prefix`.
+    state: see `run_prefix`.
+    shared: see `run_prefix`.
+  """
   held: list[Any] = []
   for (step, options), state_, shared_ in list(
     zip(method.stages, state, shared, strict=True)
@@ -483,4 +509,4 @@ def run_prefix(
       out, kept = out
       held.append(kept)
     deltas = out if isinstance(out, tuple) else (out,)
-  return deltas
+  return deltas, tuple(held)

@@ -1,5 +1,6 @@
 """The transform protocol: specs, chains, and steps of one's own."""
 
+import functools
 import json
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 import patchjax as pj
 from patchjax.patches import Step, Transform, register_step, transform
-from patchjax.trees.errors import FormatError, SelectionError
+from patchjax.trees.errors import FormatError, NonFiniteError, SelectionError
 
 
 def halved(leaf, deltas, base, state, shared, *, sign):
@@ -180,3 +181,86 @@ def test_own_reducing_step_may_use_the_base():
   base = {"w": jnp.bfloat16([2, 4])}
   merged = pj.merge(base, [base | {"w": base["w"] + 1}], Transform.of(step, {}))
   assert merged["w"].dtype == jnp.bfloat16 and merged["w"].tolist() == [2, 3]
+
+
+CALLS: list[int] = []
+
+
+def slow(leaf, deltas, base, state, shared, *, dear):
+  """Opens a bracket; the host sees how often it is run."""
+  del leaf, base, state, shared, dear
+
+  def called(x):
+    CALLS.append(1)
+    return np.asarray(x) * np.float32(2)
+
+  out = tuple(
+    jax.pure_callback(called, jax.ShapeDtypeStruct(d.shape, d.dtype), d)
+    for d in deltas
+  )
+  return out, out[0]
+
+
+def last(leaf, deltas, base, state, shared, held):
+  del leaf, base, state, shared
+  return tuple(d + held for d in deltas)
+
+
+SLOW = {
+  dear: register_step(
+    Step(f"test_slow_{dear}", slow, bracket="opens", dear=dear)
+  )
+  for dear in (False, True)
+}
+LAST = register_step(Step("test_last", last, bracket="closes"))
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("outer", [False, True])
+def test_dear_steps_are_made_once_for_all_passes(jitted, outer):
+  random = np.random.default_rng(0)
+  base, one, two = (
+    {
+      name: random.standard_normal(size).astype(np.float32)
+      for name, size in (("a", 50), ("b", 70))
+    }
+    for _ in range(3)
+  )
+  found, calls = {}, {}
+  for dear, step in SLOW.items():
+    inner = [
+      halve(0.5),
+      Transform.of(step, {}, dear=dear),
+      pj.trim(density=0.3),
+      pj.merging.mean(),
+      Transform.of(LAST, {}),
+    ]
+    if outer:  # Brackets open before it, and stay open.
+      plain = Transform.of(SLOW[False], {}, dear=False)
+      inner = [plain, *inner, Transform.of(LAST, {})]
+    method = pj.chain(*inner)
+    merge = functools.partial(pj.merge, method=method)
+    CALLS.clear()
+    found[dear] = (jax.jit(merge) if jitted else merge)(base, [one, two])
+    jax.block_until_ready(found[dear])
+    calls[dear] = len(CALLS)
+  # Two leaves of two contributors, one or two such steps.
+  assert calls[True] == (8 if outer else 4)
+  if not jitted:
+    assert calls[False] > calls[True]
+  for name, value in found[True].items():
+    assert np.array_equal(value, found[False][name]), name
+    assert np.abs(value - base[name]).max() > 0.1
+
+
+def test_dear_steps_name_the_leaf_that_is_not_finite():
+  base, others = trees()
+  others[1]["b"][1] = np.nan
+  method = pj.chain(
+    Transform.of(SLOW[True], {}, dear=True),
+    pj.trim(density=0.5),
+    pj.merging.mean(),
+    Transform.of(LAST, {}),
+  )
+  with pytest.raises(NonFiniteError, match="b: 1 entries of the contrib"):
+    pj.merge(base, others, method)

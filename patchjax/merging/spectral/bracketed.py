@@ -41,9 +41,10 @@ def knots(
   As in the authors' code (gstoica27/KnOTS, `SVDMerger`), where the method is
   TIES or DARE and TIES, with one threshold over all leaves. There leaves with
   fewer than two axes are left at the base; here they are merged by the method
-  as they are: leave them out by `only`. Counting steps of the method (a
-  threshold over the tree) decompose each leaf once a pass: for LoRA patches
-  `knots_of_patches` is exact and far cheaper.
+  as they are: leave them out by `only`. The aligned parts, k leaves of each,
+  are kept while the method counts; from files (`merge_files`) each leaf is
+  decomposed once a pass instead. For LoRA patches `knots_of_patches` is exact
+  and far cheaper.
 
   Args:
     method: how the parts are merged, a transform with a reducing step; by
@@ -145,7 +146,9 @@ def _counted(shapes, k, *, rank, svd, **axes):
 
 
 _ALIGN = transform.register_step(
-  transform.Step(name="align", update=_align, bracket="opens", counted=_counted)
+  transform.Step(
+    name="align", update=_align, bracket="opens", counted=_counted, dear=True
+  )
 )
 
 
