@@ -14,6 +14,9 @@ import patchjax as pj
 from experiments.merging.problem import Problem
 from patchjax import merging, statistics
 
+# On a CPU a gradient at a time is three times as fast as eight side by side.
+_CHUNK = 1
+
 
 def _mask(example: tuple[Any, ...]) -> Any:
   """The weights of the positions of a text."""
@@ -39,6 +42,7 @@ def _fishers(problem: Problem) -> tuple[statistics.Fisher, ...]:
       problem.models[number],
       _examples(problem, number, problem.settings.gradient_texts),
       key=_key(problem, number),
+      chunk=_CHUNK,
     ),
   )
 
@@ -76,6 +80,7 @@ def _gradients(problem: Problem) -> tuple[dict[str, Any], ...]:
       problem.encoder.answer,
       problem.base,
       (_examples(problem, number, n), problem.texts(number)[3][:n]),
+      chunk=_CHUNK,
     ),
   )
 

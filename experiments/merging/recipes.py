@@ -86,11 +86,11 @@ def _drawn(factory: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
 
 
 # Factors of a sum of eight task vectors, and of something like their mean.
-_SUM = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+_SUM = (0.2, 0.3, 0.4, 0.5, 0.7)
 _FEW = (0.3, 0.5, 0.7, 1.0)
 _MEAN = (1.0, 1.5, 2.0)
-_ONE = (1.0, 1.5, 2.0, 3.0)
-_FLAT = (1.0, 2.0, 3.0, 4.0, 5.0)
+_ONE = (1.0, 1.5, 2.0)
+_FLAT = (2.0, 3.0, 4.0, 5.0)
 
 
 def recipes() -> tuple[Recipe, ...]:
@@ -103,15 +103,14 @@ _SUMS = (
     "task_arithmetic", "sums", _plain(merging.task_arithmetic), scales=_SUM
   ),
   Recipe(
-    "lines", "sums", _plain(merging.lines), {"beta": (0.2, 0.4, 0.6, 0.8)}
+    "lines", "sums", _plain(merging.lines), {"beta": (0.2, 0.4, 0.6)}
   ),
   Recipe("metagpt", "sums", _plain(merging.metagpt)),
   Recipe(
     "breadcrumbs",
     "sums",
-    _plain(merging.breadcrumbs),
-    {"density": (0.5, 0.85)},
-    _FEW,
+    _plain(merging.breadcrumbs, density=0.5),
+    scales=_FEW,
   ),
   Recipe(
     "dare_linear",
@@ -153,9 +152,8 @@ _SIGNS = (
   Recipe(
     "dare_ties",
     "signs and masks",
-    _drawn(merging.dare_ties),
-    {"density": (0.5, 0.9)},
-    _MEAN,
+    _drawn(merging.dare_ties, density=0.9),
+    scales=_MEAN,
   ),
   Recipe("della", "signs and masks", _drawn(merging.della), scales=_MEAN),
   Recipe(
@@ -207,7 +205,7 @@ _SPECTRA = (
   Recipe("iso_cts", "spectra", _plain(merging.iso_cts), scales=_FLAT),
   Recipe("knots", "spectra", _plain(merging.knots, svd="gram"), scales=_MEAN),
   Recipe("star", "spectra", _plain(merging.star, svd="gram"), scales=_ONE),
-  Recipe("wudi", "spectra", _plain(merging.wudi), {"ridge": (0.0, 0.01, 0.1)}),
+  Recipe("wudi", "spectra", _plain(merging.wudi), {"ridge": (0.01, 0.1)}),
   Recipe("wudi_adam", "spectra", _plain(merging.wudi, solver="adam")),
   Recipe("svc", "spectra", _plain(merging.svc, svd="gram"), scales=_ONE),
 )
@@ -231,15 +229,13 @@ _INFORMED = (
   Recipe(
     "regmean_plus_plus",
     "statistics",
-    informed.regmean_plus_plus,
-    {"off_diagonal": (0.5, 0.9)},
+    functools.partial(informed.regmean_plus_plus, off_diagonal=0.9),
     data=_TEXTS,
   ),
   Recipe(
     "mats",
     "statistics",
-    informed.mats,
-    {"iterations": (10, 30)},
+    functools.partial(informed.mats, iterations=30),
     statistics=("kfac",),
     data=_TEXTS,
   ),

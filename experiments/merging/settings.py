@@ -45,8 +45,8 @@ class Settings:
   tokens: int = 24
   depth: int = 4
   train_texts: int = 1920
-  validation_texts: int = 80
-  test_texts: int = 256
+  validation_texts: int = 64
+  test_texts: int = 160
   steps: int = 60
   batch: int = 16
   rate: float = 2e-4
@@ -55,10 +55,10 @@ class Settings:
   random_rate: float = 1e-2
   rank: int = 8
   share: float = 0.015
-  statistics_texts: int = 256
+  statistics_texts: int = 192
   gradient_texts: int = 64
-  adapt_texts: int = 320
-  adapt_steps: int = 60
+  adapt_texts: int = 160
+  adapt_steps: int = 40
   adapt_batch: int = 8
   adapt_rate: float = 1e-2
   evaluation_batch: int = 64

@@ -71,7 +71,9 @@ def fisher_diagonal(
       labels (the "empirical Fisher", which is another quantity).
     only: selector of the leaves; by default all floating point ones. Only
       their gradients are computed.
-    chunk: examples whose gradients are held at once.
+    chunk: examples whose gradients are held at once. On a CPU 1 is several
+      times faster where layers are large: the products of a single example
+      run on all cores.
 
   Returns:
     A `Fisher`: float32 arrays with the leaves' shapes and shardings.

@@ -243,3 +243,35 @@ def test_a_leaf_is_merged_without_copies(method, copies):
   merge = jax.jit(lambda x, y: pj.merge({"w": x}, [{"w": y}] * 2, method))
   stats = merge.lower(x, x).compile().memory_analysis()
   assert stats.temp_size_in_bytes < copies * x.nbytes
+
+
+@pytest.mark.parametrize("count", [8, 4, 3])
+@pytest.mark.parametrize("name", ["tsv_m", "iso_cts"])
+def test_each_device_decomposes_some_of_the_tasks(name, count, mesh_explicit):
+  rng = np.random.default_rng(0)
+  base, *others = (
+    {"w": rng.standard_normal((48, 32)).astype(np.float32)}
+    for _ in range(count + 1)
+  )
+  method = getattr(pj.merging, name)()
+  wanted = pj.merge(base, others, method)["w"]
+  sharding = jax.sharding.NamedSharding(mesh_explicit, jax.P("x", "y"))
+  base, *others = (jax.device_put(x, sharding) for x in (base, *others))
+  merge = jax.jit(lambda b, o: pj.merge(b, o, method))
+  text = merge.lower(base, others).compile().as_text()
+  svds = re.findall(r"f32\[([\d,]+)\]\S* custom-call\(.*gesdd", text) + (
+    re.findall(r"= \(f32\[([\d,]+)\].*custom-call\(.*gesdd", text)
+  )
+  batches = [int(dims.split(",")[0]) for dims in svds if dims.count(",") == 3]
+  whole = 48 * 32
+  sent = COLLECTIVE.findall(text)
+  if count % 2 == 0:
+    # On 4 x 2 devices 8 and 4 tasks are cut into parts, 3 are not.
+    assert batches == [1]
+    gathered = [numbers(s) for s, kind in sent if kind == "all-gather"]
+    # What is gathered are the vectors that are kept, of all tasks together.
+    assert max(gathered, default=0) <= whole
+    assert "all-to-all" in {kind for _, kind in sent}
+  else:
+    assert batches == [3]
+  np.testing.assert_allclose(merge(base, others)["w"], wanted, atol=1e-4)

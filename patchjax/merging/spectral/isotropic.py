@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from patchjax.merging import steps
 from patchjax.merging.spectral import matrices as mats
+from patchjax.merging.spectral import spreading
 from patchjax.merging.spectral.matrices import Layout
 from patchjax.patches import transform
 from patchjax.patches.transform import Transform, chain
@@ -123,24 +124,22 @@ def _iso_cts(leaf, deltas, base, state, shared, *, common, **axes):
   k = len(deltas)
 
   def function(tasks):
-    most = min(tasks[0].shape[-2:])
+    most = min(tasks.shape[-2:])
     each = min(round((most - int(most * common)) / k), most // k)
-    u, s, vt = mats.svd(functools.reduce(jnp.add, tasks))
+    u, s, vt = mats.svd(spreading.gathered(jnp.sum(tasks, 0), leaf))
     first = most - each * k
     u, s, vt = u[..., :first], s[..., :first], vt[..., :first, :]
-    parts = [(u, s, vt)]
-    for x in tasks:
-      outside = x - mats.dot(u, mats.dot(mats.transposed(u), x))
-      a, b, c = mats.svd(outside)
-      parts.append((a[..., :each], b[..., :each], c[..., :each, :]))
+    a, b, c = mats.svd(tasks - mats.dot(u, mats.dot(mats.transposed(u), tasks)))
+    own = a[..., :each], b[..., :each], c[..., :each, :]
+    own = spreading.side_by_side(own, leaf)
     left, values, right = (
-      jnp.concatenate(x, axis)
-      for x, axis in zip(zip(*parts, strict=True), (-1, -1, -2), strict=True)
+      jnp.concatenate(pair, axis)
+      for pair, axis in zip(zip((u, s, vt), own), (-1, -1, -2), strict=True)
     )
     size = jnp.mean(values, -1)[..., None, None]
     return mats.dot(mats.polar(left) * size, mats.polar(right))
 
-  return mats.merged(function, leaf, deltas, axes)
+  return mats.merged(function, leaf, deltas, axes, batched=True)
 
 
 _ISO_CTS = transform.register_step(

@@ -3,7 +3,8 @@
 Inside, a leaf is `[batch, outputs, inputs]`, as papers write weights; the last
 axes of a kernel of flax are inputs and outputs, those of PyTorch's are outputs
 and inputs. A whole leaf is decomposed at once: on a mesh the compiler gathers
-it, and the result lies where the leaf does.
+it, and the result lies where the leaf does. Task vectors of one leaf are
+decomposed in one batch, spread over the devices (`spreading`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from patchjax.merging.methods import options
+from patchjax.merging.spectral import spreading
 from patchjax.patches import meshes
 from patchjax.patches.truncating import randomized_svd
 
@@ -122,6 +124,7 @@ def merged(
   axes: View,
   *rest: Any,
   others: Literal["mean", "base"] = "mean",
+  batched: bool = False,
 ) -> Array:
   """Returns a leaf merged by a function of its matrices.
 
@@ -134,6 +137,8 @@ def merged(
     *rest: further arguments of the function, pytrees of arrays.
     others: what becomes of a leaf that is no matrix: the mean of the task
       vectors, or none of them.
+    batched: whether the function takes one array `[k, batch, outputs, inputs]`
+      instead of a tuple; on a mesh each device has some of the k.
   """
   if sizes(leaf.shape, **axes) is None:
     if others == "base":
@@ -141,8 +146,14 @@ def merged(
     total = functools.reduce(jnp.add, deltas)
     return total * jnp.asarray(1 / len(deltas), total.dtype)
 
+  as_matrices = functools.partial(matrices, **axes)
+
   def whole(deltas, *rest):
-    found = function(tuple(matrices(d, **axes) for d in deltas), *rest)
+    if batched:
+      tasks = jax.vmap(as_matrices)(spreading.spread(jnp.stack(deltas), leaf))
+    else:
+      tasks = tuple(map(as_matrices, deltas))
+    found = function(tasks, *rest)
     return leaf_like(found, leaf.shape, **axes)
 
   return meshes.on_leaf_mesh(whole, deltas[0], deltas, *rest)
@@ -220,13 +231,16 @@ def leading(
   """Returns the largest singular triplets.
 
   Args:
-    x: `[batch, n, m]`.
+    x: `[..., n, m]`.
     rank: how many, at most `min(n, m)`.
     how: see `svd`; "randomized" is `randomized_svd`.
     key: of the random test matrices.
   """
   if how == "randomized" and rank:
-    return jax.vmap(lambda one: randomized_svd(one, rank, key))(x)
+    flat = x.reshape(-1, *x.shape[-2:])
+    found = jax.vmap(lambda one: randomized_svd(one, rank, key))(flat)
+    u, s, vt = (y.reshape(*x.shape[:-2], *y.shape[1:]) for y in found)
+    return u, s, vt
   u, s, vt = svd(x, how)
   return u[..., :rank], s[..., :rank], vt[..., :rank, :]
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from patchjax.merging import steps
 from patchjax.merging.methods import options
 from patchjax.merging.spectral import matrices as mats
+from patchjax.merging.spectral import spreading
 from patchjax.merging.spectral.matrices import Layout, Svd
 from patchjax.patches import shares, transform
 from patchjax.patches.transform import Transform, chain
@@ -90,22 +91,19 @@ def _tsv(leaf, deltas, base, state, shared, *, share, svd, seed, **axes):
   del base, state, shared
 
   def function(tasks, identity):
-    outs, ins = tasks[0].shape[-2:]
+    outs, ins = tasks.shape[-2:]
     most = min(outs, ins)
     rank = most // len(tasks) if share is None else int(most * share)
     if not rank:
       return jnp.zeros_like(tasks[0])
     key = mats.key_of(seed, identity)
-    found = [
-      mats.supported(*mats.leading(x, rank, svd, key), (outs, ins))
-      for x in tasks
-    ]
-    u = mats.polar(jnp.concatenate([u for u, _, _ in found], -1), svd)
-    s = jnp.concatenate([s for _, s, _ in found], -1)
-    vt = mats.polar(jnp.concatenate([vt for _, _, vt in found], -2), svd)
+    found = mats.leading(tasks, rank, svd, key)
+    found = mats.supported(*found, (outs, ins))
+    u, s, vt = spreading.side_by_side(found, leaf)
+    u, vt = mats.polar(u, svd), mats.polar(vt, svd)
     return mats.dot(u * s[..., None, :], vt)
 
-  return mats.merged(function, leaf, deltas, axes, leaf.identity)
+  return mats.merged(function, leaf, deltas, axes, leaf.identity, batched=True)
 
 
 _TSV = transform.register_step(
