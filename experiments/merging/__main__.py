@@ -3,8 +3,8 @@
     python -m experiments.merging --config=configs/merging_minilm.py
 
 Model, texts, trained specialists and compiled programs are kept in a cache
-folder: that of `--cache`, of the environment's PATCHJAX_CACHE, or the platform's. The first
-run also trains; what it writes goes to `--workdir`.
+folder: that of `--cache`, of the environment's PATCHJAX_CACHE, or the
+platform's. The first run also trains; what it writes goes to `--workdir`.
 """
 
 import json

@@ -102,9 +102,7 @@ _SUMS = (
   Recipe(
     "task_arithmetic", "sums", _plain(merging.task_arithmetic), scales=_SUM
   ),
-  Recipe(
-    "lines", "sums", _plain(merging.lines), {"beta": (0.2, 0.4, 0.6)}
-  ),
+  Recipe("lines", "sums", _plain(merging.lines), {"beta": (0.2, 0.4, 0.6)}),
   Recipe("metagpt", "sums", _plain(merging.metagpt)),
   Recipe(
     "breadcrumbs",
