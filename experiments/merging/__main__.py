@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
   cache = pathlib.Path(_CACHE.value) if _CACHE.value else data.cache_dir()
   # What one run compiles the next one need not: a sixth of its time.
   jax.config.update("jax_compilation_cache_dir", str(cache / "compiled"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   running.run(
     running.encoder(settings, tqdm.write),
     settings,
