@@ -45,7 +45,9 @@ def _energies(leaf, keys, deltas, state, carry, *, flavour):
   del state, flavour
   kept = varying.kept_of(leaf, deltas, carry, keys)
   squares = [jnp.square(d) for d in kept]
-  return sums.totals(squares, local=leaf.local).astype(jnp.float32)
+  # More at a time, of 16-bit models, are not compiled to vectors.
+  energies = sums.totals(squares, local=leaf.local, together=2)
+  return energies.astype(jnp.float32)
 
 
 def _weighed(total, carry):

@@ -11,7 +11,7 @@ from patchjax.merging import ranks, rows
 from patchjax.patches import ordering, selection, shares, transform
 from patchjax.patches.rank_cuts import cuts
 
-_TOP = 0x7FFFFFFF
+_TOP = (1 << 31) - 1
 
 
 def keep_between(
@@ -79,14 +79,16 @@ def _bounds(state, size, k, *, fill):
   return found
 
 
-def _keys(deltas, fill):
+def _keys(deltas, fill, top=_TOP):
   keys = map(ordering.magnitude_keys, deltas)
-  return tuple(jnp.uint32(_TOP) - key if fill else key for key in keys)
+  return tuple(jnp.uint32(top) - key if fill else key for key in keys)
 
 
 def _between_keys(leaf, deltas, state, *, fill, scope):
   del leaf, state, scope
-  return _keys(deltas, fill)
+  # Not from the largest key, but from one above it: keys that many entries
+  # share are round, and so they stay, which is where a search looks.
+  return _keys(deltas, fill, _TOP + 1)
 
 
 def _between_ranks(state, shapes, k, *, fill, scope):
@@ -100,7 +102,8 @@ def _between(leaf, deltas, base, state, searches, *, fill, scope):
   if not leaf.shape and not fill and scope == "leaf":
     return deltas
   out = []
-  for i, (key, delta) in enumerate(zip(_keys(deltas, fill), deltas)):
+  keys = _between_keys(leaf, deltas, None, fill=fill, scope=scope)
+  for i, (key, delta) in enumerate(zip(keys, deltas)):
     outer, inner = (
       selection.keep_keys(key, leaf, search)
       for search in searches[2 * i : 2 * i + 2]
@@ -118,7 +121,7 @@ _BETWEEN = transform.register_step(
       _between_keys,
       _between_ranks,
       each=2,
-      bits=31,
+      bits=32,
       exact=lambda **_: True,
       early=True,
     ),

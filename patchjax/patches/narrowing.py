@@ -29,6 +29,7 @@ from patchjax.patches.selection import (
   next_word,
   put,
 )
+from patchjax.patches.tying import last_kept, seen_whole, settled
 
 Array = Any
 
@@ -46,6 +47,8 @@ def count_at_least(
 ) -> Array:
   """Returns how many keys are at or above each search's thresholds.
 
+  Of ties that are seen whole: where each search ends, `uint32[len(states)]`.
+
   Args:
     keys: arrays of unsigned integers of the leaf's (or shard's) shape.
     leaf: where the leaf is in the model.
@@ -56,6 +59,8 @@ def count_at_least(
   Returns:
     limbs `int32[len(states), 2, 5]`.
   """
+  if ties and seen_whole(leaf, states):
+    return last_kept(keys, leaf, states, each)
   index = leaf.index(states.phase) if ties else None
   place = alone(leaf, states)
   masks = []
@@ -119,9 +124,11 @@ def narrow_ties(counts: Array, state: Search) -> Search:
   """Returns the search after a pass over what ties.
 
   Args:
-    counts: see `narrow`.
+    counts: from `count_at_least`, summed over leaves and shards.
     state: the search before; one that is over stays as it is.
   """
+  if not counts.ndim:
+    return settled(counts, state)
   phases = {i: state.phase == jnp.int32(i) for i in (1, 2, 3)}
   nought = jnp.uint32(0)
   least = sum(

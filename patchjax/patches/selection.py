@@ -17,7 +17,8 @@ off five sixths is followed by one that does, whatever the keys are.
 
 Where ties must be broken, an entry's key goes on after its magnitude with the
 position of its leaf and its own index, both complemented: the lowest wins.
-The search then refines those words in turn, only if a tie straddles the cut.
+The search then refines those words in turn, only if a tie straddles the cut;
+or, where one array lies whole on a device, looks at it once more (`tying`).
 """
 
 from __future__ import annotations
